@@ -1,0 +1,146 @@
+"""The rules of the house that a machine can check: imports point downward, light parts stay light, files stay short."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "camtl"
+
+# A module may import from its own level or a lower one.
+LEVELS = {
+    "errors": 0,
+    "_version": 0,
+    "_io": 0,
+    "ops": 1,
+    "nn": 2,
+    "tasks": 3,
+    "data": 4,
+    "models": 5,
+    "fusing": 5,
+    "training": 6,
+    "serving": 6,
+    "reports": 6,
+    "export": 6,
+    "info": 7,
+    "cli": 7,
+    "__main__": 8,
+}
+# Third-party packages that a part must not import when it is imported itself (inside functions they may).
+HEAVY = {
+    "ops": {"transformers", "datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
+    "nn": {"transformers", "datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
+    "models": {"datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
+}
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in LEVELS)
+
+
+def imported_modules(path: Path) -> list[tuple[str, int]]:
+    """Every ``camtl...`` module that a file imports anywhere, with its line; relative imports resolved."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module or ""]))
+            if module == "camtl":
+                found += [(f"camtl.{alias.name}", node.lineno) for alias in node.names]
+            else:
+                found.append((module, node.lineno))
+    return [(name, line) for name, line in found if name == "camtl" or name.startswith("camtl.")]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downward(path: Path) -> None:
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for name, line in imported_modules(path):
+        parts = name.split(".")
+        target = parts[1] if len(parts) > 1 else None
+        if target in LEVELS:
+            assert LEVELS[target] <= LEVELS[own], (
+                f"{path.name}:{line}: {own} imports {name}, which stands higher"
+            )
+
+
+def test_every_part_has_a_level() -> None:
+    parts = {
+        entry.stem for entry in PACKAGE.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").exists()
+    }
+    assert parts - {"__init__"} <= set(LEVELS)
+
+
+def test_no_import_circles() -> None:
+    graph: dict[str, set[str]] = {}
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    for module, path in modules.items():
+        top_level = {
+            node.lineno
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        }
+        graph[module] = {
+            name
+            for name, line in imported_modules(path)
+            if line in top_level and name in modules and name != module
+        } - {"camtl"}
+        # A package's __init__ imports its own files; the files reach each other directly, never through it.
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail, module])
+        if module in done:
+            return
+        for following in sorted(graph[module]):
+            visit(following, (*trail, module))
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+@pytest.mark.parametrize("part", sorted(HEAVY))
+def test_light_parts_stay_light(part: str) -> None:
+    code = f"import sys, camtl.{part}; print(*sorted(m.split('.')[0] for m in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # transformers itself imports some of them where they are installed; that is not ours to forbid
+    allowed: set[str] = set()
+    if part == "models":
+        code = "import sys, transformers.modeling_utils; print(*sorted(m.split('.')[0] for m in sys.modules))"
+        allowed = set(
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+        )
+    assert not HEAVY[part] & (set(run.stdout.split()) - allowed)
+
+
+def test_import_camtl_loads_nothing_heavy() -> None:
+    code = "import sys, camtl; print(*sorted(m.split('.')[0] for m in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "triton", "transformers", "datasets", "numpy"} & set(run.stdout.split())
+
+
+def test_ops_are_functions_also_after_their_module_was_imported() -> None:
+    import camtl.ops.film
+
+    assert callable(camtl.ops.film)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_can_be_read_in_one_go(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+
+
+def test_public_names_resolve() -> None:
+    import camtl
+
+    for name in camtl.__all__:
+        assert getattr(camtl, name) is not None
