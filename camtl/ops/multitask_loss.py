@@ -1,0 +1,122 @@
+"""``multitask_loss``: all task heads, their losses and the uncertainty of each prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from camtl.ops import _checks, reference
+from camtl.ops._backends import dispatch, register
+
+_OP = "multitask_loss"
+_KINDS = ("ce", "mse", "bce")
+
+
+def multitask_loss(
+    features: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    head_sizes: Sequence[int],
+    task_ids: Tensor,
+    labels: Tensor | None = None,
+    *,
+    loss_types: Sequence[str] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of all tasks in a mixed batch, from one stacked head matrix and without a loop over tasks.
+
+    Task t owns ``C_t = head_sizes[t]`` consecutive rows of ``head_weight``; with z the logits of a sample's
+    own task: "ce" ``-log softmax(z)[y]``; "mse" ``(z_0 - y)**2`` (C_t = 1); "bce" the mean over the C_t
+    classes of ``softplus(z_c) - z_c y_c``. The loss of a task is the mean over its samples.
+
+    Args:
+        features: ``[B, D]``, float32, bfloat16, float16 or float64.
+        head_weight: ``[C_total, D]``, ``C_total = sum(head_sizes)``; features' dtype or float32.
+        head_bias: ``[C_total]``, likewise.
+        head_sizes: T host ints >= 1.
+        task_ids: int64 or int32 ``[B]``, each in [0, T).
+        labels: ``[B]``, any integer or floating dtype (class numbers may be float); ``[B, C_max]`` when a
+            task is "bce" (then "ce" and "mse" tasks read column 0); None: no loss.
+        loss_types: T of "ce", "mse", "bce". Default: "mse" where the size is 1, else "ce".
+        backend: "reference", "cpu", "triton" or "cuda" as an order; None: the preferred, or fastest, one.
+
+    Returns:
+        ``loss_per_task`` ``[T]`` float32 (float64 for float64), 0 for tasks without a sample and without
+        labels; ``logits`` ``[B, C_max]``, ``C_max = max(head_sizes)``, features' dtype, -inf beyond the own
+        task's classes; ``entropy`` ``[B]`` float32 (float64): ``-sum_c p_c ln p_c / (ln C_t + 1e-5)``, so 0
+        where C_t is 1; for "bce" the mean over the classes of the binary entropy, over ln 2. All three are
+        computed from unrounded float32 (float64) logits, and all gradients are finite although logits hold
+        -inf.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a wrong shape, device, task id, head size, loss type or class number; a backend unknown or
+            unable to run the call.
+
+    Source: the released code's per-task decoders and its uncertainty score.
+    """
+    _checks.floating(_OP, "features", features, (2,), "[B, D]")
+    B, D = features.shape
+    sizes = _checks.host_ints(_OP, "head_sizes", head_sizes, None, 1, None)
+    head_weight = _checks.beside(
+        _OP, "head_weight", head_weight, features, (sum(sizes), D), "[sum(head_sizes), D]"
+    )
+    head_bias = _checks.beside(_OP, "head_bias", head_bias, features, (sum(sizes),), "[sum(head_sizes)]")
+    _checks.task_ids(_OP, task_ids, features, B, len(sizes))
+    if loss_types is None:
+        kinds = tuple("mse" if size == 1 else "ce" for size in sizes)
+    else:
+        kinds = tuple(loss_types)
+        if (
+            isinstance(loss_types, str)
+            or len(kinds) != len(sizes)
+            or any(kind not in _KINDS for kind in kinds)
+        ):
+            _checks.fail(_OP, "loss_types", repr(loss_types), f"T = {len(sizes)} of ce, mse, bce")
+        for t, (kind, size) in enumerate(zip(kinds, sizes, strict=True)):
+            if kind == "mse" and size != 1:
+                _checks.fail(
+                    _OP, "head_sizes", f"{size} for task {t} of loss type mse", "1 where the loss type is mse"
+                )
+    if labels is not None:
+        _check_labels(labels, features, sizes, kinds, task_ids)
+    call = {
+        "features": features,
+        "head_weight": head_weight,
+        "head_bias": head_bias,
+        "head_sizes": sizes,
+        "task_ids": task_ids,
+        "labels": labels,
+        "loss_types": kinds,
+    }
+    return dispatch(_OP, backend, call)
+
+
+def _check_labels(
+    labels: Tensor, features: Tensor, sizes: tuple[int, ...], kinds: tuple[str, ...], task_ids: Tensor
+) -> None:
+    if not isinstance(labels, Tensor):
+        _checks.fail(_OP, "labels", type(labels).__name__, "a tensor [B], or None", TypeError)
+    if labels.is_complex():
+        _checks.fail(_OP, "labels", str(labels.dtype), "integer or floating", TypeError)
+    B = features.shape[0]
+    if "bce" in kinds:
+        _checks.shape(_OP, "labels", labels, (B, max(sizes)), "[B, max(head_sizes)] where a loss type is bce")
+    else:
+        _checks.shape(_OP, "labels", labels, (B,), "[B]")
+    _checks.device(_OP, "labels", labels, features)
+    if _checks.readable(labels) and _checks.readable(task_ids):
+        first = (labels if labels.dim() == 1 else labels[:, 0]).to(torch.float64)
+        classes = torch.tensor(
+            [size if kind == "ce" else 0 for kind, size in zip(kinds, sizes, strict=True)]
+        )[task_ids]
+        wrong = (classes > 0) & ~((first >= 0) & (first < classes) & (first == first.floor()))
+        if bool(wrong.any()):
+            b = int(wrong.to(torch.int8).argmax())
+            t, value = int(task_ids[b]), float(first[b])
+            _checks.fail(_OP, "labels", f"{value:g} at {b} (task {t})", f"a class number in [0, {sizes[t]})")
+
+
+register(_OP, "reference", reference.multitask_loss)
