@@ -1,0 +1,29 @@
+"""Models: the configuration, the encoder and the multi-task model.
+
+Importing this package registers the classes with ``AutoConfig`` and ``AutoModel``.
+"""
+
+from transformers import AutoConfig, AutoModel
+
+from camtl.models.configuration import PRESETS, SWITCHES, CaMtlConfig
+from camtl.models.encoder import CaMtlModel
+from camtl.models.freezing import no_weight_decay
+from camtl.models.loading import read_encoder_config, resolve_encoder
+from camtl.models.modeling import CaMtlForMultiTask
+from camtl.models.outputs import CaMtlModelOutput, CaMtlOutput
+
+AutoConfig.register(CaMtlConfig.model_type, CaMtlConfig, exist_ok=True)
+AutoModel.register(CaMtlConfig, CaMtlModel, exist_ok=True)
+
+__all__ = [
+    "PRESETS",
+    "SWITCHES",
+    "CaMtlConfig",
+    "CaMtlForMultiTask",
+    "CaMtlModel",
+    "CaMtlModelOutput",
+    "CaMtlOutput",
+    "no_weight_decay",
+    "read_encoder_config",
+    "resolve_encoder",
+]

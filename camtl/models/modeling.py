@@ -1,0 +1,168 @@
+"""``CaMtlForMultiTask``: the encoder with the heads of all its tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from camtl.errors import UsageError
+from camtl.models.configuration import CaMtlConfig
+from camtl.models.encoder import CaMtlModel, CaMtlPreTrainedModel
+from camtl.models.outputs import CaMtlOutput
+from camtl.models.prediction import PredictionMixin
+from camtl.models.reference_format import ReferenceFormatMixin
+from camtl.models.task_life import TaskLifeMixin
+from camtl.nn import StackedHeads
+
+
+class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, CaMtlPreTrainedModel):
+    """One encoder for all tasks, one row of task embedding and one slice of the stacked head matrix per task.
+
+    Task ids are the positions in ``config.tasks``.
+    """
+
+    def __init__(self, config: CaMtlConfig) -> None:
+        super().__init__(config)
+        config.check()
+        if not config.tasks:
+            raise UsageError("tasks: none given; a multi-task model needs at least one (tasks=['cola', ...])")
+        self.bert = CaMtlModel(config)
+        self.heads = StackedHeads(
+            config.hidden_size,
+            [info["num_labels"] for info in config.task_info],
+            [info["loss"] for info in config.task_info],
+        )
+        self.head_dropout_p = float(config.classifier_dropout)
+        self.register_buffer("label_mean", torch.zeros(0), persistent=False)
+        self.register_buffer("label_std", torch.zeros(0), persistent=False)
+        self.post_init()
+        self.apply_freezing()
+        self.refresh_label_scale()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word embedding."""
+        return self.bert.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embedding."""
+        self.bert.set_input_embeddings(value)
+
+    # -- label scale -----------------------------------------------------------------------------------------
+    def label_scale(self, task: str) -> tuple[float, float]:
+        """``(mean, std)`` by which a regression task's labels are standardised; ``(0, 1)`` for raw labels."""
+        info = self.config.task_info[self.config.task_index(task)]
+        mean, std = info.get("label_mean"), info.get("label_std")
+        return (0.0 if mean is None else float(mean), 1.0 if std is None else float(std))
+
+    def refresh_label_scale(self) -> None:
+        """Take the label scales from the config; call it after changing ``config.task_info`` by hand."""
+        scales = [self.label_scale(name) for name in self.config.tasks]
+        self.scales_labels = any(scale != (0.0, 1.0) for scale in scales)
+        device = self.heads.weight.device
+        # float32 whatever the weights are: a scale rounded to bfloat16 would no longer fit the config's
+        self.label_mean = torch.tensor([mean for mean, _ in scales], dtype=torch.float32, device=device)
+        self.label_std = torch.tensor([std for _, std in scales], dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self.refresh_label_scale()
+        return result
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            # buffers outside the state dict come from Hugging Face's loader uninitialised
+            self.refresh_label_scale()
+
+    def _standardise(self, labels: Tensor, task_ids: Tensor) -> Tensor:
+        if not self.scales_labels:
+            return labels
+        mean, std = self.label_mean.index_select(0, task_ids), self.label_std.index_select(0, task_ids)
+        if labels.dim() == 2:
+            mean, std = mean.unsqueeze(1), std.unsqueeze(1)
+        return (labels - mean) / std
+
+    # -- forward ---------------------------------------------------------------------------------------------
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CaMtlOutput | tuple[Any, ...]:
+        """Encode a batch in which every sequence may have its own task.
+
+        Args:
+            input_ids: int64 ``[B, S]``, or packed ``[N]`` with ``cu_seqlens``.
+            attention_mask: ``[B, S]``, 1 or True marks a real token; None: all are real.
+            token_type_ids: like ``input_ids``; None: all zero.
+            task_ids: int64 ``[B]``, positions in ``config.tasks``; None: the active task, or the only one.
+            labels: ``[B]``, float or int (class numbers may be float); ``[B, C_max]`` for multi-label tasks.
+            cu_seqlens: int32 ``[B+1]``, offsets of the packed sequences.
+            max_seqlen: the longest packed sequence as a host int; None: ``max_seq_length``.
+            inputs_embeds: word embeddings instead of ``input_ids``.
+            output_hidden_states: return all hidden states.
+            output_attentions: return attention probabilities (padded input only).
+            return_dict: False returns a tuple.
+
+        Returns:
+            :class:`CaMtlOutput`. With labels of standardised regression tasks the loss (and the logits) are
+            in the standardised scale.
+
+        Raises:
+            ValueError: input longer than ``max_seq_length``, missing task ids, contradicting arguments.
+        """
+        source = input_ids if input_ids is not None else inputs_embeds
+        if task_ids is None and source is not None:
+            sequences = source.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            task_ids = torch.full(
+                (sequences,), self.default_task_id(), dtype=torch.int64, device=source.device
+            )
+        encoded = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            task_ids,
+            cu_seqlens,
+            max_seqlen,
+            inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        assert task_ids is not None
+        pooled = encoded.pooler_output
+        features = F.dropout(pooled, self.head_dropout_p, self.training)
+        targets = None if labels is None else self._standardise(labels, task_ids)
+        loss_per_task, logits, entropy = self.heads(features, task_ids, targets)
+        result = CaMtlOutput(
+            loss=None if labels is None else self._mean_over_present(loss_per_task, task_ids),
+            loss_per_task=None if labels is None else loss_per_task,
+            logits=logits,
+            entropy=entropy,
+            pooled_output=pooled,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return (
+            result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+        )
+
+    @staticmethod
+    def _mean_over_present(loss_per_task: Tensor, task_ids: Tensor) -> Tensor:
+        """The mean over the tasks in the batch (an absent task's loss is 0), without asking the host who is
+        there.
+        """
+        numbers = torch.arange(loss_per_task.shape[0], device=task_ids.device)
+        present = (task_ids.unsqueeze(0) == numbers.unsqueeze(1)).any(1).sum()
+        return loss_per_task.sum() / present
