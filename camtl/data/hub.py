@@ -1,0 +1,94 @@
+"""Data sets of the Hugging Face hub, without the long wait when it cannot be reached."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from camtl.errors import UsageError
+from camtl.tasks import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: Seconds to wait for any answer of the hub. The libraries themselves retry for more than twenty.
+REACH_TIMEOUT = 4.0
+
+
+def hub_is_offline() -> bool:
+    """Whether the environment forbids hub access (``HF_HUB_OFFLINE`` or ``HF_DATASETS_OFFLINE``)."""
+    import datasets
+
+    return bool(datasets.config.HF_HUB_OFFLINE)
+
+
+def hub_answers(timeout: float = REACH_TIMEOUT) -> bool:
+    """Whether the hub answers within ``timeout`` seconds, by ``HF_ENDPOINT`` and the proxy settings."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout):
+            return True
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a kind one
+    except (OSError, ValueError):
+        return False
+
+
+def load_from_hub(
+    task: Task, splits: Sequence[str], cache_dir: str | os.PathLike[str] | None
+) -> dict[str, Dataset]:
+    """Those of ``splits`` that the task's hub data set has; a copy in the local cache serves without network.
+
+    Raises :class:`UsageError` at once when the hub cannot be reached and nothing is cached.
+    """
+    import datasets
+
+    source = task.source
+    if source is None or source.hub is None:
+        raise UsageError(f"task {task.name!r} names no data set on the hub")
+    offline = hub_is_offline()
+    reachable = not offline and hub_answers()
+    name = f"{source.hub}{f' ({source.config})' if source.config else ''}"
+    try:
+        with _offline_unless(reachable):
+            everything = datasets.load_dataset(
+                source.hub,
+                source.config,
+                revision=source.revision,
+                cache_dir=str(cache_dir) if cache_dir else None,
+            )
+    except Exception as error:  # the library raises many kinds here; each means the same to the user
+        if reachable:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        elif offline:
+            reason = "hub access is switched off (HF_HUB_OFFLINE) and the data are not in the local cache"
+        else:
+            reason = "the hub cannot be reached and the data are not in the local cache"
+        raise UsageError(
+            f"task {task.name!r}: cannot load {name} from the hub: {reason}. Give local files with "
+            "--data_dir DIR, "
+            f"where DIR/{task.name}/ holds train.jsonl, validation.jsonl (or .csv, .tsv, .parquet)"
+        ) from None
+    found = {}
+    for split in splits:
+        theirs = source.splits.get(split, split)
+        if theirs in everything:
+            found[split] = everything[theirs]
+    return found
+
+
+@contextmanager
+def _offline_unless(reachable: bool) -> Iterator[None]:
+    """While the hub does not answer, let ``datasets`` look only into its cache instead of retrying."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or not reachable
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before

@@ -1,0 +1,224 @@
+"""Tokenise a task's rows once; the result is kept in a cache file named after everything it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from camtl.data.loading import prepare_dataset
+from camtl.errors import UsageError
+from camtl.tasks import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+#: Part of the cache key: raise it whenever the meaning or form of tokenised rows changes.
+CACHE_VERSION = 1
+TOKENISED_COLUMNS = ("input_ids", "token_type_ids", "labels", "length")
+_BATCH = 1000
+_PROGRESS_FROM = 20_000
+
+
+def is_tokenised(dataset: Dataset) -> bool:
+    """Whether a Dataset is a result of :func:`tokenize` (it has token ids, not texts)."""
+    return {"input_ids", "length"} <= set(dataset.column_names)
+
+
+def tokenize(
+    task: Task,
+    dataset: Dataset,
+    tokenizer: Any,
+    max_seq_length: int,
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    allow_unlabelled: bool = False,
+    description: str = "",
+) -> Dataset:
+    """Tokenise the rows of ``task``, in order.
+
+    ``dataset`` has the task's text and label columns, as from :func:`camtl.data.load_task` or raw. Texts are
+    cut to ``max_seq_length`` tokens, a pair by taking tokens from the longer text first; nothing is padded.
+
+    Returns a Dataset with ``input_ids`` (list of int32), ``token_type_ids`` (list of int8, zeros if the
+    tokenizer has none), ``labels`` (float32: class id or number; NaN for a row without label; absent if no
+    row has one) and ``length`` (int32, tokens of the row).
+
+    The cache (``cache_dir``, default the one of ``datasets``) is keyed by the rows, the task's columns and
+    labels, the tokenizer's whole definition, the length and this code's version.
+    """
+    if is_tokenised(dataset):
+        return dataset
+    dataset = prepare_dataset(task, dataset, allow_unlabelled)
+    if len(dataset) == 0:
+        raise UsageError(
+            f"task {task.name!r}: no rows to tokenise{f' in {description}' if description else ''}"
+        )
+    least = tokenizer.num_special_tokens_to_add(pair=task.is_pair) + (2 if task.is_pair else 1)
+    if max_seq_length < least:
+        raise UsageError(
+            f"max_seq_length {max_seq_length} is too short for task {task.name!r}; at least {least}"
+        )
+    texts = [dataset[column][:] for column in task.text_columns]
+    labels = dataset[task.label_column][:] if task.label_column in dataset.column_names else None
+    key = _key(task, texts, labels, tokenizer, max_seq_length)
+    path = _cache_folder(cache_dir) / f"{task.name}-{len(dataset)}-{key[:24]}.arrow"
+    cached = _read_cache(path, len(dataset))
+    if cached is not None:
+        return cached
+    batches = _tokenised(task, texts, labels, tokenizer, max_seq_length, description=description)
+    return _write_cache(path, batches, key)
+
+
+def _tokenised(
+    task: Task,
+    texts: Sequence[list[str]],
+    labels: list[Any] | None,
+    tokenizer: Any,
+    max_seq_length: int,
+    *,
+    description: str,
+) -> Iterator[dict[str, list[Any]]]:
+    import numpy as np
+    from tqdm.auto import tqdm
+
+    rows = len(texts[0])
+    values = None
+    if labels is not None:
+        missing = -1 if task.labels else None
+        numbers = [float("nan") if v is None or v == missing else float(v) for v in labels]
+        values = np.asarray(numbers, dtype=np.float32)
+        if np.isnan(values).all():
+            values = None
+    bar = tqdm(
+        total=rows, desc=f"tokenising {description or task.name}", unit="rows", disable=rows < _PROGRESS_FROM
+    )
+    with bar:
+        for start in range(0, rows, _BATCH):
+            part = [column[start : start + _BATCH] for column in texts]
+            encoded = tokenizer(
+                *part,
+                truncation="longest_first",
+                max_length=max_seq_length,
+                padding=False,
+                add_special_tokens=True,
+                return_token_type_ids=True,
+                return_attention_mask=False,
+            )
+            ids = encoded["input_ids"]
+            types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
+            batch = {"input_ids": ids, "token_type_ids": types, "length": [len(row) for row in ids]}
+            if values is not None:
+                batch["labels"] = values[start : start + _BATCH].tolist()
+            yield batch
+            bar.update(len(ids))
+
+
+def _key(
+    task: Task, texts: Sequence[list[str]], labels: list[Any] | None, tokenizer: Any, max_seq_length: int
+) -> str:
+    digest = hashlib.sha256()
+    about = {
+        "version": CACHE_VERSION,
+        "task": [task.name, task.type, task.text_columns, task.label_column, task.labels],
+        "max_seq_length": max_seq_length,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    for column in texts:
+        for text in column:
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+    digest.update(repr(labels).encode())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of what decides how a text is tokenised: rules, vocabulary, special tokens, versions."""
+    import tokenizers
+    import transformers
+
+    about: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "versions": [tokenizers.__version__, transformers.__version__],
+        "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+        "sides": [getattr(tokenizer, "truncation_side", ""), getattr(tokenizer, "padding_side", "")],
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and hasattr(backend, "to_str"):
+        rules = json.loads(backend.to_str())
+        # These two only remember the last call.
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+        about["rules"] = rules
+    else:
+        about["vocabulary"] = tokenizer.get_vocab()
+        about["init"] = {
+            k: str(v) for k, v in getattr(tokenizer, "init_kwargs", {}).items() if "path" not in k
+        }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    import datasets
+
+    return Path(cache_dir if cache_dir is not None else datasets.config.HF_DATASETS_CACHE) / "camtl-tokenised"
+
+
+def _read_cache(path: Path, rows: int) -> Dataset | None:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    if not path.is_file():
+        return None
+    try:
+        dataset = Dataset.from_file(str(path))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        logger.warning("the cache file %s cannot be read (%s) and is made anew", path, error)
+        return None
+    if len(dataset) != rows or not is_tokenised(dataset):
+        logger.warning("the cache file %s is not whole and is made anew", path)
+        return None
+    return dataset
+
+
+def _write_cache(path: Path, batches: Iterator[dict[str, list[Any]]], key: str) -> Dataset:
+    """Write batches to ``path``, first under a temporary name; if impossible keep them in memory."""
+    import pyarrow as pa
+    from datasets import Dataset, Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    types = {
+        "input_ids": List(Value("int32")),
+        "token_type_ids": List(Value("int8")),
+        "labels": Value("float32"),
+    }
+    types["length"] = Value("int32")
+    features: Features | None = None
+    tables: list[pa.Table] = []
+    for batch in batches:
+        features = features or Features({name: types[name] for name in TOKENISED_COLUMNS if name in batch})
+        # Arrow at once: as Python lists a large task would take ten times the memory.
+        tables.append(pa.table({name: batch[name] for name in features}, schema=features.arrow_schema))
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ArrowWriter(path=str(temporary), features=features, fingerprint=key[:16]) as writer:
+            for table in tables:
+                writer.write_table(table)
+            writer.finalize()
+        os.replace(temporary, path)
+        return Dataset.from_file(str(path))
+    except OSError as error:
+        logger.warning("tokenised rows are not kept: cannot write %s (%s)", path, error.strerror or error)
+        return Dataset(pa.concat_tables(tables))
+    finally:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)

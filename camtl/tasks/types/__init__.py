@@ -1,0 +1,46 @@
+"""The registry of task types: one line each.
+
+A further type is a subclass of :class:`TaskType`, entered here or, from outside, with
+:func:`register_task_type`.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from camtl.errors import UsageError
+from camtl.tasks.types.base import HeadSpec, TaskType
+from camtl.tasks.types.classification import Classification
+from camtl.tasks.types.regression import Regression
+
+TASK_TYPES: dict[str, TaskType] = {
+    "classification": Classification(),
+    "regression": Regression(),
+}
+
+
+def register_task_type(task_type: TaskType) -> None:
+    """Make a type of your own usable as ``type:`` of a task. A name that exists is refused."""
+    if task_type.name in TASK_TYPES:
+        raise UsageError(f"task type {task_type.name!r} exists already; choose another name")
+    TASK_TYPES[task_type.name] = task_type
+
+
+def get_task_type(name: str) -> TaskType:
+    """The task type called ``name``; unknown names raise :class:`UsageError` with the known ones."""
+    if name not in TASK_TYPES:
+        close = get_close_matches(name, TASK_TYPES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UsageError(f"unknown task type {name!r}{hint} Known types: {', '.join(TASK_TYPES)}")
+    return TASK_TYPES[name]
+
+
+__all__ = [
+    "TASK_TYPES",
+    "Classification",
+    "HeadSpec",
+    "Regression",
+    "TaskType",
+    "get_task_type",
+    "register_task_type",
+]

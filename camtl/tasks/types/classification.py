@@ -1,0 +1,131 @@
+"""Classification of one text or of a pair: exactly one of the task's named classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from camtl.tasks.metrics import METRICS
+from camtl.tasks.types.base import HeadSpec, TaskType, check_scores, is_missing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from camtl.tasks.schema import Task
+
+_SHOWN_NAMES = 12
+
+
+class Classification(TaskType):
+    """``labels`` names the classes in the order of their ids; cross entropy; one output per class."""
+
+    name = "classification"
+    loss = "ce"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "macro_f1", "matthews_correlation")
+    default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+    def check(self, task: Task) -> None:
+        """Labels: two or more, distinct; binary F1 only for two classes."""
+        if not task.labels or len(task.labels) < 2:
+            given = "none" if not task.labels else f"only {task.labels[0]!r}"
+            raise ValueError(
+                "labels: a classification task needs the names of its classes, two or more, in the order "
+                f"of their ids; given: {given}"
+            )
+        if len(set(task.labels)) != len(task.labels):
+            twice = sorted({name for name in task.labels if task.labels.count(name) > 1})
+            raise ValueError(f"labels: class names must differ; more than once: {', '.join(twice)}")
+        if "f1" in task.metrics and len(task.labels) != 2:
+            raise ValueError(
+                "metrics: f1 is for two classes (it scores the class with id 1), this task has "
+                f"{len(task.labels)}; use macro_f1"
+            )
+
+    def prepare_label(self, task: Task, value: Any) -> int | None:
+        """A class id from a name, an id, or either written as text; None, "" and -1 mean no label."""
+        names = task.labels or ()
+        given = value
+        if is_missing(value):
+            return None
+        if isinstance(value, str):
+            value = value.strip()
+            if value in names:
+                return names.index(value)
+            if not value:
+                return None
+            number = _as_int(value)
+        elif isinstance(value, bool):
+            for text in (str(value).lower(), str(value)):
+                if text in names:
+                    return names.index(text)
+            number = int(value)
+        elif isinstance(value, (int, float)):
+            number = _as_int(value)
+            if number is not None and str(number) in names:
+                return names.index(str(number))
+        else:
+            number = None
+        if number is not None:
+            # Classes that are themselves called "1", "2", ...: a number is a name there, never also an id.
+            named_by_numbers = any(_as_int(name) is not None for name in names)
+            if 0 <= number < len(names) and not named_by_numbers:
+                return number
+            if number == -1:
+                return None
+        shown = ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
+        ids = (
+            f" (or their ids 0 to {len(names) - 1})" if not any(_as_int(n) is not None for n in names) else ""
+        )
+        hint = ""
+        if _is_decimal(given):
+            hint = "; if the column holds scores, declare the task with type: regression"
+        raise ValueError(f"label {given!r} is none of the task's labels: {shown}{ids}{hint}")
+
+    def head(self, task: Task) -> HeadSpec:
+        """One output per class."""
+        return HeadSpec(outputs=len(task.labels or ()))
+
+    def decode(self, logits: np.ndarray, task: Task) -> list[dict[str, Any]]:
+        """``{"label", "score", "probabilities": {name: p}}`` per row; score is the label's probability."""
+        import numpy as np
+
+        names = task.labels or ()
+        own = np.asarray(logits, dtype=np.float64)[:, : len(names)]
+        own = np.exp(own - own.max(axis=1, keepdims=True))
+        own /= own.sum(axis=1, keepdims=True)
+        rows = []
+        for p in own:
+            best = int(p.argmax())
+            rows.append(
+                {
+                    "label": names[best],
+                    "score": float(p[best]),
+                    "probabilities": {name: float(v) for name, v in zip(names, p, strict=True)},
+                }
+            )
+        return rows
+
+    def compute_metrics(self, logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, float]:
+        """Metrics of the most probable class against the labels."""
+        import numpy as np
+
+        logits, labels = np.asarray(logits), np.asarray(labels)
+        n = len(task.labels or ())
+        check_scores(logits, labels, n, task)
+        predictions = logits[:, :n].argmax(axis=1)
+        return {name: METRICS[name](predictions, labels.astype(np.int64)) for name in task.metrics}
+
+
+def _as_int(value: str | int | float) -> int | None:
+    """``value`` as a whole number if it is one ("2", 2, 2.0, "2.0"), else None."""
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None
+
+
+def _is_decimal(value: Any) -> bool:
+    try:
+        return not float(value).is_integer()
+    except (TypeError, ValueError, OverflowError):
+        return False

@@ -1,0 +1,68 @@
+"""Regression from one text or a pair: one number."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from camtl.tasks.metrics import METRICS
+from camtl.tasks.types.base import HeadSpec, TaskType, check_scores, is_missing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from camtl.tasks.schema import Task
+
+
+class Regression(TaskType):
+    """The label is a number (``label_range`` bounds it if given); squared error; one output."""
+
+    name = "regression"
+    loss = "mse"
+    metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearmanr")
+    default_metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearmanr")
+
+    def check(self, task: Task) -> None:
+        """No class names."""
+        if task.labels:
+            raise ValueError(
+                "labels: a regression task has no class names; leave labels out or use type: classification"
+            )
+
+    def prepare_label(self, task: Task, value: Any) -> float | None:
+        """A finite number inside ``label_range``; None, "", and -1 outside the range mean no label."""
+        if is_missing(value) or (isinstance(value, str) and not value.strip()):
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"label {value!r} is not a number; a regression task needs numbers (class names need type: "
+                "classification)"
+            ) from None
+        if not math.isfinite(number):
+            raise ValueError(f"label {value!r} is not a finite number")
+        if task.label_range is not None:
+            low, high = task.label_range
+            if not low <= number <= high:
+                if number == -1:
+                    return None
+                raise ValueError(f"label {value!r} lies outside the task's label_range {low:g} to {high:g}")
+        return number
+
+    def head(self, task: Task) -> HeadSpec:
+        """One output."""
+        return HeadSpec(outputs=1)
+
+    def decode(self, logits: np.ndarray, task: Task) -> list[dict[str, Any]]:
+        """``{"score": number}`` per row; ``logits`` are in the labels' own scale."""
+        return [{"score": float(value)} for value in logits[:, 0]]
+
+    def compute_metrics(self, logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, float]:
+        """Correlations of column 0 with the labels (they do not depend on the scale)."""
+        import numpy as np
+
+        logits, labels = np.asarray(logits), np.asarray(labels)
+        check_scores(logits, labels, 1, task)
+        predictions = logits[:, 0].astype(np.float64)
+        return {name: METRICS[name](predictions, labels.astype(np.float64)) for name in task.metrics}

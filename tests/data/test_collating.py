@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+
+from camtl.data import MultiTaskCollator, MultiTaskDataset
+from camtl.errors import UsageError
+
+
+def tokenised(*rows, labels=True):
+    columns = {
+        "input_ids": [list(row) for row in rows],
+        "token_type_ids": [[0] * (len(row) - 1) + [1] for row in rows],
+        "length": [len(row) for row in rows],
+    }
+    if labels:
+        columns["labels"] = [float(row[0]) for row in rows]
+    return Dataset.from_dict(columns)
+
+
+A = tokenised((1, 2, 3), (4, 5))
+B = tokenised((6,), (7, 8, 9, 10), (11, 12))
+
+
+def test_rows_are_numbered_task_after_task():
+    data = MultiTaskDataset({"a": A, "b": B})
+    assert (data.task_names, data.sizes, data.offsets, len(data)) == (["a", "b"], [2, 3], [0, 2], 5)
+    got = [(data[i]["task_id"], data[i]["input_ids"].tolist(), data[i]["labels"]) for i in range(5)]
+    assert got == [
+        (0, [1, 2, 3], 1.0),
+        (0, [4, 5], 4.0),
+        (1, [6], 6.0),
+        (1, [7, 8, 9, 10], 7.0),
+        (1, [11, 12], 11.0),
+    ]
+    for bad in (5, -1):
+        with pytest.raises(IndexError):
+            data[bad]
+
+
+def test_the_task_order_can_be_given():
+    data = MultiTaskDataset({"a": A, "b": B}, ["b", "a"])
+    assert data.sizes == [3, 2]
+    assert data[3]["input_ids"].tolist() == [1, 2, 3]
+    assert data[3]["task_id"] == 1
+    for order in (["a"], ["a", "c"], ["a", "b", "c"]):
+        with pytest.raises(UsageError, match="does not fit"):
+            MultiTaskDataset({"a": A, "b": B}, order)
+
+
+def test_selected_rows():
+    data = MultiTaskDataset({"b": B.select([2, 0])})
+    assert [data[i]["input_ids"].tolist() for i in range(2)] == [[11, 12], [6]]
+
+
+def test_raw_text_is_refused():
+    with pytest.raises(UsageError, match=r"'a' is not tokenised.*text"):
+        MultiTaskDataset({"a": Dataset.from_dict({"text": ["x"]})})
+
+
+def test_a_batch():
+    data = MultiTaskDataset({"a": A, "b": B})
+    batch = MultiTaskCollator(pad_token_id=99)([data[i] for i in (2, 1, 4)])
+    assert batch["input_ids"].tolist() == [[6, 99], [4, 5], [11, 12]]
+    assert batch["attention_mask"].tolist() == [[1, 0], [1, 1], [1, 1]]
+    assert batch["token_type_ids"].tolist() == [[1, 0], [0, 1], [0, 1]]
+    assert batch["task_ids"].tolist() == [1, 0, 1]
+    assert batch["labels"].tolist() == [6.0, 4.0, 11.0]
+    kinds = {name: tensor.dtype for name, tensor in batch.items()}
+    assert kinds.pop("labels") == torch.float32
+    assert set(kinds.values()) == {torch.int64}
+
+
+def test_padding_to_a_multiple():
+    collate = MultiTaskCollator(0, pad_to_multiple_of=8)
+    assert collate([{"input_ids": [1] * 9, "task_id": 0}])["input_ids"].shape == (1, 16)
+    assert collate([{"input_ids": [1] * 8, "task_id": 0}])["input_ids"].shape == (1, 8)
+    with pytest.raises(UsageError):
+        MultiTaskCollator(0, pad_to_multiple_of=0)
+
+
+def test_plain_lists_without_types_or_labels():
+    batch = MultiTaskCollator(0)(
+        [{"input_ids": [1, 2], "task_id": 3}, {"input_ids": [4], "task_id": 0, "labels": 1}]
+    )
+    assert "labels" not in batch
+    assert batch["token_type_ids"].tolist() == [[0, 0], [0, 0]]
+    assert MultiTaskDataset({"u": tokenised((1,), labels=False)})[0].keys() == {
+        "input_ids",
+        "token_type_ids",
+        "task_id",
+    }
+
+
+def test_with_a_torch_loader():
+    data = MultiTaskDataset({"a": A, "b": B})
+    loader = torch.utils.data.DataLoader(data, batch_sampler=[[0, 2], [4]], collate_fn=MultiTaskCollator(0))
+    assert [batch["task_ids"].tolist() for batch in loader] == [[0, 1], [1]]

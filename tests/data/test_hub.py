@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import datasets
+import pytest
+
+from camtl.data import hub, load_task
+from camtl.errors import UsageError
+from camtl.tasks import get_task
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Stand-in for the hub library; records how it was called, and whether it was told to stay offline."""
+    calls = []
+    answer = {"train": 1, "validation_matched": 2, "validation_mismatched": 3, "test_matched": 4}
+
+    def load_dataset(name, config, **more):
+        calls.append((name, config, datasets.config.HF_HUB_OFFLINE))
+        if isinstance(answer, Exception):
+            raise answer
+        features = datasets.Features(
+            {
+                "premise": datasets.Value("string"),
+                "hypothesis": datasets.Value("string"),
+                "label": datasets.ClassLabel(names=["entailment", "neutral", "contradiction"]),
+            }
+        )
+        return {
+            split: datasets.Dataset.from_dict(
+                {"premise": ["p"] * n, "hypothesis": ["h"] * n, "label": [-1 if "test" in split else 2] * n},
+                features=features,
+            )
+            for split, n in answer.items()
+        }
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_mnli_splits_are_renamed(loaded, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
+    data = load_task(get_task("mnli"))
+    assert {split: len(rows) for split, rows in data.items()} == {
+        "train": 1,
+        "validation": 2,
+        "validation_mismatched": 3,
+    }
+    assert data["train"]["label"][:] == [2]
+    assert load_task(get_task("mnli"), splits=["test"])["test"]["label"][:] == [-1] * 4
+    assert loaded[0] == ("nyu-mll/glue", "mnli", False)
+
+
+def test_no_network_still_uses_the_local_cache(loaded, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    assert len(load_task(get_task("mnli"))) == 3
+    assert loaded == [("nyu-mll/glue", "mnli", True)]
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_unreachable_is_said_at_once_and_offers_a_folder(monkeypatch, offline, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    begun = time.monotonic()
+    with pytest.raises(UsageError) as caught:
+        load_task(get_task("cola"), cache_dir=tmp_path)
+    assert time.monotonic() - begun < 5
+    for word in (
+        "'cola'",
+        "nyu-mll/glue",
+        "HF_HUB_OFFLINE" if offline else "cannot be reached",
+        "--data_dir",
+    ):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_offline_mode_does_not_try_the_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+    def refuse():
+        raise AssertionError("the network was tried")
+
+    monkeypatch.setattr(hub, "hub_answers", refuse)
+    with pytest.raises(UsageError, match="switched off"):
+        load_task(get_task("cola"), cache_dir=tmp_path)
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_error(403)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_hub_answers(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), _Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    try:
+        assert hub.hub_answers()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not hub.hub_answers(timeout=1)
+    # A host that takes the connection and then says nothing.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        begun = time.monotonic()
+        assert not hub.hub_answers(timeout=0.3)
+        assert time.monotonic() - begun < 3

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+
+from camtl.data import infer_task, load_task
+from camtl.errors import UsageError
+
+
+def test_names_columns_and_classes_are_read_off(jsonl):
+    rows = [{"id": 1, "review": "x", "label": "pos"}, {"id": 2, "review": "y", "label": "neg"}]
+    train = jsonl("film reviews.jsonl.gz", rows)
+    validation = jsonl("dev.jsonl", [{"id": 1, "review": "z", "label": "mixed"}])
+    task = infer_task(train, validation)
+    assert task.name == "film_reviews"
+    assert task.text_columns == ("review",)
+    assert task.labels == ("mixed", "neg", "pos")
+    assert task.metrics == ("accuracy",)
+    data = load_task(task)
+    assert data["train"]["label"][:] == [2, 1]
+    assert data["validation"]["label"][:] == [0]
+
+
+def test_everything_given(jsonl):
+    path = jsonl(
+        "a.jsonl",
+        [{"q": "x", "s": "y", "more": "z", "gold": 1}, {"q": "x", "s": "y", "more": "z", "gold": 0}],
+    )
+    task = infer_task(
+        path, text_columns=["q", "s"], label_column="gold", name="mine", labels=["no", "yes"], metrics=["f1"]
+    )
+    assert (task.name, task.is_pair, task.labels, task.metrics) == ("mine", True, ("no", "yes"), ("f1",))
+    assert load_task(task)["train"]["gold"][:] == [1, 0]
+
+
+def test_csv_numbers_are_no_text_and_number_classes_sort_as_numbers(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,votes,stars\nx,3,10\ny,4,9\nz,5,1\n")
+    task = infer_task(path)
+    assert task.text_columns == ("text",)
+    assert task.label_column == "stars"
+    assert task.labels == ("1", "9", "10")
+    assert load_task(task)["train"]["stars"][:] == [2, 1, 0]
+
+
+def test_decimals_make_a_regression(jsonl, caplog):
+    path = jsonl("a.jsonl", [{"text": "x", "label": 1}, {"text": "y", "label": 2.5}])
+    task = infer_task(path)
+    assert task.type == "regression"
+    assert "line 2" in caplog.text
+    assert "2.5" in caplog.text
+    assert load_task(task)["train"]["label"][:] == [1.0, 2.5]
+    with pytest.raises(UsageError, match=r"line 2.*type: regression"):
+        infer_task(path, type="classification")
+    assert infer_task(path, type="regression").type == "regression"
+
+
+def test_whole_numbers_written_as_floats_are_classes(jsonl):
+    task = infer_task(jsonl("a.jsonl", [{"text": "x", "label": 1.0}, {"text": "y", "label": 0.0}]))
+    assert task.labels == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        ([{"text": "x", "a": 1}], {}, ["--label_column", "text, a"]),
+        ([{"text": "x", "class": 1, "score": 2}], {}, ["--label_column"]),
+        ([{"a": "x", "b": "y", "c": "z", "label": 1}], {}, ["--text_column", "a, b, c, label"]),
+        ([{"idx": 1, "label": 1}], {}, ["--text_column"]),
+        ([{"text": "x", "label": 1}], {"text_columns": "txt"}, ["'txt'", "text, label"]),
+        ([{"text": "x", "label": 1}], {"label_column": "lab"}, ["'lab'"]),
+        ([{"text": "x", "label": 1}], {}, ["two or more"]),
+        ([{"text": "x", "label": None}], {}, ["line 1", "None"]),
+        ([{"text": "x", "label": i} for i in range(101)], {}, ["more than 100", "type: regression"]),
+    ],
+)
+def test_what_cannot_be_guessed(jsonl, rows, options, words):
+    path = jsonl("a.jsonl", rows)
+    with pytest.raises(UsageError) as caught:
+        infer_task(path, **options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_no_file_and_no_name(jsonl):
+    with pytest.raises(UsageError, match="--train_file"):
+        infer_task()
+    path = jsonl("__.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}])
+    with pytest.raises(UsageError, match="--task_name"):
+        infer_task(path)
+
+
+def test_the_validation_file_needs_the_columns_too(jsonl):
+    train = jsonl("a.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}])
+    with pytest.raises(UsageError, match=r"dev\.jsonl: has no column 'text'"):
+        infer_task(train, jsonl("dev.jsonl", [{"sentence": "x", "label": "a"}]))

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from camtl.data import load_task, prepare_dataset
+from camtl.errors import UsageError
+from camtl.tasks import Task, get_task, resolve_tasks
+
+SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+TASK = Task(name="mood", type="classification", text_columns=["text"], labels=["bad", "good"])
+ROWS = [{"text": "x", "label": 0, "idx": 7}, {"text": "y", "label": "good", "idx": 8}]
+
+
+def test_a_local_folder(jsonl, tmp_path):
+    jsonl("mood/train.jsonl.gz", ROWS)
+    (tmp_path / "mood" / "validation.csv").write_text("label,text\n1,z\n")
+    data = load_task(TASK, tmp_path)
+    assert list(data) == ["train", "validation"]
+    assert data["train"].column_names == ["text", "label"]
+    assert data["train"]["label"][:] == [0, 1]
+    assert data["train"].features["label"].names == ["bad", "good"]
+    assert data["validation"][0] == {"text": "z", "label": 1}
+
+
+def test_explicit_files_come_first_and_task_files_second(jsonl, tmp_path):
+    jsonl("mood/train.jsonl", ROWS)
+    mine = jsonl("mine.jsonl", ROWS[:1])
+    with_files = TASK.model_copy(update={"files": {"train": str(mine), "test": str(mine)}})
+    assert len(load_task(TASK, tmp_path, train_file=mine)["train"]) == 1
+    assert len(load_task(with_files, tmp_path)["train"]) == 1
+    assert list(load_task(with_files, splits=["test"])) == ["test"]
+
+
+def test_required_splits(jsonl, tmp_path):
+    jsonl("mood/train.jsonl", ROWS)
+    assert list(load_task(TASK, tmp_path)) == ["train"]
+    with pytest.raises(UsageError, match=r"no validation set in .*mood .*validation\.jsonl\[\.gz\]"):
+        load_task(TASK, tmp_path, splits=["train", "validation"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "mood" / "train.jsonl").unlink()
+    with pytest.raises(UsageError, match="no train and no validation set"):
+        load_task(TASK, tmp_path)
+
+
+def test_missing_folders(jsonl, tmp_path):
+    jsonl("cola/train.jsonl", ROWS)
+    with pytest.raises(UsageError, match=r"no folder 'mood'.*folders there: cola"):
+        load_task(TASK, tmp_path)
+    with pytest.raises(UsageError, match="no such folder"):
+        load_task(TASK, tmp_path / "none")
+    with pytest.raises(UsageError, match=r"no data.*--data_dir.*--train_file"):
+        load_task(TASK)
+
+
+def test_two_files_for_one_split_are_refused(jsonl, tmp_path):
+    jsonl("mood/train.jsonl", ROWS)
+    jsonl("mood/train.jsonl.gz", ROWS)
+    with pytest.raises(UsageError, match=r"train\.jsonl and train\.jsonl\.gz"):
+        load_task(TASK, tmp_path)
+
+
+def test_both_validation_sets_of_mnli(jsonl, tmp_path):
+    row = {"premise": "p", "hypothesis": "h", "label": "neutral"}
+    for split in ("train", "validation", "validation_mismatched"):
+        jsonl(f"mnli/{split}.jsonl", [row])
+    data = load_task(get_task("mnli"), tmp_path)
+    assert list(data) == ["train", "validation", "validation_mismatched"]
+    assert data["validation_mismatched"][0] == {**row, "label": 1}
+
+
+def test_a_missing_column_lists_those_there_are(jsonl, tmp_path):
+    path = jsonl("a.jsonl", [{"sentence": "x", "label": 1}])
+    with pytest.raises(UsageError) as caught:
+        load_task(TASK, train_file=path)
+    for word in (str(path), "'mood'", "'text'", "sentence, label", "--text_column"):
+        assert word in str(caught.value)
+
+
+def test_a_wrong_label_names_file_and_line(jsonl):
+    path = jsonl("a.jsonl", [*ROWS, {"text": "z", "label": "ugly"}])
+    with pytest.raises(UsageError, match=r"a\.jsonl, line 3.*'ugly'.*bad, good"):
+        load_task(TASK, train_file=path)
+
+
+def test_unlabelled_rows(jsonl, tmp_path):
+    path = jsonl("mood/test.jsonl", [{"text": "x", "label": -1}, {"text": "y", "label": None}])
+    assert load_task(TASK, tmp_path, splits=["test"])["test"]["label"][:] == [-1, -1]
+    with pytest.raises(UsageError, match=r"line 1.*without a label"):
+        load_task(TASK, validation_file=path)
+    bare = jsonl("bare.jsonl", [{"text": "x"}])
+    assert load_task(TASK, validation_file=bare, allow_unlabelled=True)["validation"].column_names == ["text"]
+    scores = Task(name="s", type="regression", text_columns=["text"])
+    some = jsonl("some.jsonl", [{"text": "x", "label": 1.5}, {"text": "y"}])
+    assert load_task(scores, test_file=some, splits=["test"])["test"]["label"][:] == [1.5, None]
+
+
+def test_regression_labels_are_floats(jsonl):
+    task = Task(name="s", type="regression", text_columns=["a", "b"])
+    path = jsonl("a.jsonl", [{"a": "x", "b": "y", "label": 3}, {"a": "x", "b": "y", "label": "2.5"}])
+    data = load_task(task, train_file=path)["train"]
+    assert data["label"][:] == [3.0, 2.5]
+    assert data.features["label"].dtype == "float64"
+
+
+def dataset(names, ids):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"text": ["x"] * len(ids), "label": ids}, features=features)
+
+
+def test_class_labels_are_mapped_by_name():
+    assert prepare_dataset(TASK, dataset(["good", "bad"], [0, 1]))["label"][:] == [1, 0]
+    assert prepare_dataset(TASK, dataset(["minus", "plus"], [0, 1]))["label"][:] == [0, 1]
+    assert prepare_dataset(TASK, dataset(["bad", "good"], [0, -1]), allow_unlabelled=True)["label"][:] == [
+        0,
+        -1,
+    ]
+    for names in (["bad", "fine"], ["a", "b", "c"]):
+        with pytest.raises(UsageError, match="bad, good"):
+            prepare_dataset(TASK, dataset(names, [0, 1]))
+
+
+def test_preparing_twice_changes_nothing():
+    task = Task(name="stars", type="classification", text_columns=["text"], labels=["1", "2", "3"])
+    once = prepare_dataset(task, Dataset.from_dict({"text": ["x", "y", "z"], "label": [1, 3, 2]}))
+    assert once["label"][:] == [0, 2, 1]
+    assert prepare_dataset(task, once)["label"][:] == [0, 2, 1]
+
+
+def test_the_demo_needs_no_files(tmp_path):
+    for data in (load_task(get_task("demo_entailment")), load_task(get_task("demo_entailment"), tmp_path)):
+        assert len(data["train"]) > len(data["validation"]) > 100
+    with pytest.raises(UsageError, match="no test set in the demo generator"):
+        load_task(get_task("demo_entailment"), splits=["test"])
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no real data in {SHARED_DATA}")
+@pytest.mark.parametrize("task", resolve_tasks("cola,mrpc,stsb,mnli,rte,wnli"), ids=lambda task: task.name)
+def test_real_files(task):
+    splits = [*task.eval_splits, *(["train"] if task.name != "mnli" else [])]
+    data = load_task(task, SHARED_DATA, splits=splits)
+    expected = {
+        "cola": (8551, 1043),
+        "mrpc": (3668, 408),
+        "stsb": (5749, 1500),
+        "mnli": (None, 9815),
+        "rte": (2490, 277),
+        "wnli": (635, 71),
+    }[task.name]
+    assert len(data["validation"]) == expected[1]
+    if expected[0]:
+        assert len(data["train"]) == expected[0]
+    labels = set(data["validation"]["label"][:])
+    if task.labels:
+        assert labels == set(range(task.num_labels))
+    else:
+        assert min(labels) == 0.0
+        assert max(labels) == 5.0

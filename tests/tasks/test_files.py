@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+
+from camtl.errors import UsageError
+from camtl.tasks import Task, dump_tasks_yaml, load_tasks_yaml, resolve_tasks
+
+TWO = """
+tasks:
+  - name: reviews
+    type: classification
+    text_columns: [text]
+    label_column: stars
+    labels: [no, yes]
+    metrics: [accuracy, macro_f1]
+    files: {train: data/train.csv, validation: data/dev.csv}
+  - name: likeness
+    type: regression
+    text_columns: [a, b]
+    label_range: [0, 5]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "tasks.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_order_fields_and_yes_no_labels(write, tmp_path):
+    reviews, likeness = load_tasks_yaml(write(TWO))
+    assert (reviews.name, likeness.name) == ("reviews", "likeness")
+    assert reviews.labels == ("no", "yes")
+    assert reviews.label_column == "stars"
+    assert reviews.files == {
+        "train": str(tmp_path / "data/train.csv"),
+        "validation": str(tmp_path / "data/dev.csv"),
+    }
+    assert likeness.label_range == (0.0, 5.0)
+
+
+def test_a_bare_list_and_a_byte_order_mark_are_fine(write):
+    text = "\ufeff- {name: x, type: regression, text_columns: t}\n"
+    assert [task.name for task in load_tasks_yaml(write(text))] == ["x"]
+
+
+def test_round_trip(write, tmp_path):
+    tasks = [*load_tasks_yaml(write(TWO)), *resolve_tasks("glue,demo,wnli")]
+    path = dump_tasks_yaml(tasks, tmp_path / "elsewhere" / "tasks.yaml")
+    assert load_tasks_yaml(path) == tasks
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tasks:\n  - name: a\n   type: b\n", ["line 3", "not YAML"]),
+        ("just text", ["list of tasks"]),
+        ("", ["list of tasks"]),
+        ("tasks: []", ["list of tasks"]),
+        ("- 3\n", ["entry 1", "3"]),
+        ("- {type: regression, text_columns: [a]}", ["entry 1", "name: is missing"]),
+        (
+            "- {name: r, type: regression, text_columns: [a], metrics: [accuracy]}",
+            ["'r'", "metrics", "accuracy"],
+        ),
+        (
+            "- {name: r, type: regression, text_columns: [a]}\n- {name: r, type: regression, text_columns: "
+            "[a]}",
+            ["'r'", "twice"],
+        ),
+    ],
+)
+def test_errors_name_the_file(write, text, words):
+    path = write(text)
+    with pytest.raises(UsageError) as caught:
+        load_tasks_yaml(path)
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_bad_encoding(tmp_path):
+    with pytest.raises(UsageError, match=r"none\.yaml: no such tasks file"):
+        load_tasks_yaml(tmp_path / "none.yaml")
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("- {name: é}".encode("latin-1"))
+    with pytest.raises(UsageError, match="UTF-8"):
+        load_tasks_yaml(path)
+
+
+def test_one_task_of_a_file(write):
+    path = write(TWO)
+    assert Task.from_yaml(path, "likeness").type == "regression"
+    with pytest.raises(UsageError, match="reviews, likeness"):
+        Task.from_yaml(path)
+    with pytest.raises(UsageError, match="no 'other'"):
+        Task.from_yaml(path, "other")

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import pytest
+
+from camtl.errors import UsageError
+from camtl.tasks import GROUPS, Task, get_task, list_tasks, register_task, registry, resolve_tasks
+
+
+@pytest.fixture(autouse=True)
+def clean_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+    registry._from_packages.cache_clear()
+    yield
+    registry._from_packages.cache_clear()
+
+
+def own(name, **more):
+    return Task(name=name, type="regression", text_columns=["a"], **more)
+
+
+def names(*args, **kwargs):
+    return [task.name for task in resolve_tasks(*args, **kwargs)]
+
+
+def test_built_in_tasks():
+    assert list_tasks()[:9] == ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+    assert set(GROUPS["demo"]) < set(list_tasks())
+    for name in list_tasks():
+        task = get_task(name)
+        assert task.description
+        assert task.licence
+        assert task.source is not None
+    assert get_task("mnli").labels == ("entailment", "neutral", "contradiction")
+    assert get_task("mnli").eval_splits == ("validation", "validation_mismatched")
+    assert get_task("rte").labels == ("entailment", "not_entailment")
+    assert get_task("wnli").labels == ("not_entailment", "entailment")
+    assert get_task("cola").labels == ("unacceptable", "acceptable")
+    assert get_task("mrpc").metrics == ("f1", "accuracy")
+    assert get_task("stsb").num_labels == 1
+    assert {get_task(name).source.hub for name in GROUPS["glue"]} == {"nyu-mll/glue"}
+
+
+def test_resolving_names_groups_lists_and_objects():
+    assert names("cola,mrpc") == ["cola", "mrpc"]
+    assert names(" rte , cola ") == ["rte", "cola"]
+    assert names(["rte", "cola,sst2"]) == ["rte", "cola", "sst2"]
+    assert names("glue") == list(GROUPS["glue"])
+    assert "wnli" not in names("glue")
+    assert names(["demo", own("mine")]) == [*GROUPS["demo"], "mine"]
+    assert names(own("mine")) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("mrcp", ["'mrcp'", "mrpc", "wnli", "glue"]),
+        ("MNLI", ["did you mean mnli"]),
+        ("glue,cola", ["more than once", "cola"]),
+        ("rte,rte", ["more than once", "rte"]),
+        ("", ["no tasks given"]),
+        (None, ["no tasks given"]),
+        ([], ["no tasks given"]),
+    ],
+)
+def test_errors(spec, words):
+    with pytest.raises(UsageError) as caught:
+        resolve_tasks(spec)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_result_names_must_not_collide():
+    with pytest.raises(UsageError, match="mnli_mismatched"):
+        resolve_tasks(["mnli", own("mnli_mismatched")])
+
+
+def test_tasks_file_adds_to_and_overrides_the_known_names(tmp_path):
+    path = tmp_path / "t.yaml"
+    path.write_text(
+        "- {name: mine, type: regression, text_columns: [a]}\n- {name: cola, type: regression, "
+        "text_columns: [z]}\n"
+    )
+    assert names(None, tasks_file=path) == ["mine", "cola"]
+    chosen = resolve_tasks("rte,cola,mine", tasks_file=path)
+    assert [task.type for task in chosen] == ["classification", "regression", "regression"]
+
+
+def test_register():
+    task = register_task(own("mine"))
+    assert get_task("mine") is task
+    assert list_tasks()[-1] == "mine"
+    register_task(own("mine"))
+    with pytest.raises(UsageError, match="already"):
+        register_task(own("mine", label_column="y"))
+    with pytest.raises(UsageError, match="already"):
+        register_task(own("cola"))
+    with pytest.raises(UsageError, match="group"):
+        register_task(own("glue"))
+
+
+class _Entry:
+    def __init__(self, value, result):
+        self.value = value
+        self._result = result
+
+    def load(self):
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+
+def test_entry_points(monkeypatch, caplog, tmp_path):
+    path = tmp_path / "pkg.yaml"
+    path.write_text("- {name: from_yaml, type: regression, text_columns: [a]}\n")
+    entries = [
+        _Entry("one", own("single")),
+        _Entry("many", lambda: [own("first"), own("second")]),
+        _Entry("file", path),
+        _Entry("broken:entry", ImportError("gone")),
+        _Entry("clash", own("cola")),
+    ]
+    asked = []
+
+    def entry_points(*, group):
+        asked.append(group)
+        return entries
+
+    monkeypatch.setattr(registry.metadata, "entry_points", entry_points)
+    assert {"single", "first", "second", "from_yaml"} < set(list_tasks())
+    assert get_task("cola").type == "classification"
+    assert set(asked) == {"camtl.tasks"}
+    assert "broken:entry" in caplog.text
