@@ -1,0 +1,179 @@
+"""Arguments of a training run: every Hugging Face argument by its own name, and those that camtl adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from camtl.errors import UsageError
+
+BORROW_PREFIX = "borrow:"
+
+
+@dataclass(repr=False)  # the parent's repr hides tokens
+class CaMtlTrainingArguments(TrainingArguments):
+    """Arguments of :class:`~camtl.training.CaMtlTrainer`.
+
+    All fields of :class:`transformers.TrainingArguments` keep their names and meaning. Four defaults differ:
+    ``metric_for_best_model`` is ``eval_average`` (greater is better), ``logging_steps`` is 20, and
+    ``logging_nan_inf_filter`` and ``remove_unused_columns`` are off (the first would cost one host sync a
+    step and hide a broken loss; the second has no use here).
+
+    ``per_device_train_batch_size`` is the number of rows that make one forward and backward pass on a device,
+    whatever the sampler: with ``sampler="uncertainty"`` it is the number of selected rows, out of
+    ``candidates_per_task`` rows of every task.
+
+    Raises:
+        UsageError: a value outside what is accepted, or arguments that contradict each other.
+    """
+
+    logging_steps: float = field(
+        default=20, metadata={"help": "Log every so many steps; a number below 1 is a share of all steps."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide nan and inf losses from the logs (one host sync a step)."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Unused: camtl's batches hold only what the model takes."}
+    )
+    sampler: str = field(
+        default="proportional",
+        metadata={
+            "help": "How rows of the tasks are mixed: proportional, sqrt, temperature, annealed, uniform, "
+            "round_robin, loss, or uncertainty (train on the candidates the model is least sure of)."
+        },
+    )
+    sampler_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'More options of the sampler, as JSON, for example {"temperature": 5}.'},
+    )
+    score: Literal["paper", "reference"] = field(
+        default="paper",
+        metadata={"help": "Uncertainty score: the entropy, or the released code's entropy times task mean."},
+    )
+    candidates_per_task: int | None = field(
+        default=None,
+        metadata={"help": "Rows of each task scored in a step (uncertainty). Default: the batch size."},
+    )
+    score_dropout: bool = field(
+        default=False, metadata={"help": "Score candidates with dropout on, as the released code does."}
+    )
+    score_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows in one scoring pass. Default: all candidates of a step at once."},
+    )
+    regression_places: str = field(
+        default="reserve",
+        metadata={
+            "help": "Places of tasks without an entropy in an uncertainty batch: reserve (an equal share "
+            "each) or borrow:TASK (they take TASK's scores by position, as the released code does)."
+        },
+    )
+    min_share: float = field(
+        default=0.0,
+        metadata={"help": "Smallest share of an uncertainty batch that every task gets (0 to 1 / tasks)."},
+    )
+    label_scale: Literal["standard", "raw"] = field(
+        default="standard",
+        metadata={"help": "Regression labels: standardised by the training part, or as they are."},
+    )
+    epoch_mode: Literal["rows", "reference"] = field(
+        default="rows",
+        metadata={
+            "help": "Length of an epoch: all training rows over the batch size, or the released formula."
+        },
+    )
+    percent_of_max_data_size: float = field(
+        default=1.0, metadata={"help": "Factor of the released epoch formula (epoch_mode reference)."}
+    )
+    uniform_mt_sampling: bool = field(
+        default=False,
+        metadata={"help": "The released epoch formula's uniform variant (epoch_mode reference)."},
+    )
+    conditional_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the parameters plain BERT does not have. Default: learning_rate."
+        },
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the task heads. Default: learning_rate."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations in a row without a better metric_for_best_model."},
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "How much better an evaluation must be to count (early stopping)."}
+    )
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - declared by the parent
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "sampler_options",
+    ]
+
+    def __post_init__(self) -> None:
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_average"
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # bfloat16 autocast works on the CPU too, but the parent wants to be told
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise UsageError(" ".join(str(error).split())) from error
+        self._check_choices()
+        self._check_numbers()
+        if self.early_stopping_patience is not None and self.eval_strategy == IntervalStrategy.NO:
+            raise UsageError(
+                "early_stopping_patience needs evaluations during training: "
+                "give eval_strategy steps (with eval_steps) or epoch"
+            )
+        if self.sampler_options is not None and not isinstance(self.sampler_options, dict):
+            raise UsageError(
+                f"sampler_options is {self.sampler_options!r}; give a JSON object such as "
+                '{"temperature": 5}'
+            )
+
+    def _check_choices(self) -> None:
+        for name, accepted in (
+            ("score", ("paper", "reference")),
+            ("label_scale", ("standard", "raw")),
+            ("epoch_mode", ("rows", "reference")),
+        ):
+            value = getattr(self, name)
+            if value not in accepted:
+                raise UsageError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
+        places = self.regression_places
+        if places != "reserve" and (not places.startswith(BORROW_PREFIX) or places == BORROW_PREFIX):
+            raise UsageError(f"regression_places is {places!r}; accepted: reserve, borrow:TASK")
+
+    def _check_numbers(self) -> None:
+        for name in ("candidates_per_task", "score_batch_size", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1")
+        for name in ("learning_rate", "conditional_learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"{name} is {value}; it must not be negative")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.label_smoothing_factor:
+            raise UsageError(
+                "label_smoothing_factor is not supported: the model computes every task's loss itself"
+            )
+        if not 0.0 <= self.min_share <= 1.0:
+            raise UsageError(f"min_share is {self.min_share}; it must lie between 0 and 1")
+        if self.percent_of_max_data_size <= 0:
+            raise UsageError(
+                f"percent_of_max_data_size is {self.percent_of_max_data_size}; it must be above 0"
+            )

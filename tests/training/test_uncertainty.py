@@ -1,0 +1,179 @@
+"""MT-Uncertainty against a computation by hand from the model's own outputs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from camtl.training import UncertaintySelector
+from camtl.training.uncertainty import select_rows, trim_padding
+
+B, T = 6, 3
+
+
+class Spy:
+    """Keeps, for each step, the candidates, the weights they were scored with, and the rows trained on."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.candidates: list[dict[str, torch.Tensor]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.selected: list[dict[str, torch.Tensor]] = []
+        step, compute = trainer.training_step, trainer.compute_loss
+
+        def training_step(model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+            self.candidates.append({k: v.clone() for k, v in inputs.items()})
+            self.weights.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+            return step(model, inputs, *args)
+
+        def compute_loss(model: Any, inputs: Any, **kwargs: Any) -> Any:
+            self.selected.append({k: v.clone() for k, v in inputs.items()})
+            assert model.training
+            return compute(model, inputs, **kwargs)
+
+        trainer.training_step = training_step
+        trainer.compute_loss = compute_loss
+
+
+def entropies(model: Any, batch: dict[str, torch.Tensor]) -> list[float]:
+    """-sum p ln p / (ln C + 1e-5) from logits, in plain Python; 0 for the regression task."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.double()
+    values = []
+    for row, task in zip(logits, batch["task_ids"].tolist(), strict=True):
+        classes = model.config.task_info[task]["num_labels"]
+        p = torch.softmax(row[:classes], 0).tolist()
+        entropy = -sum(q * math.log(q) for q in p)
+        values.append(0.0 if classes == 1 else entropy / (math.log(classes) + 1e-5))
+    return values
+
+
+def by_hand(scores: list[float], tasks: list[int], reserve: dict[int, int]) -> list[int]:
+    """Reserved tasks' first candidates, then the best of the rest; descending scores, ties by position."""
+    chosen: list[int] = []
+    for task, places in reserve.items():
+        chosen += [i for i, t in enumerate(tasks) if t == task][:places]
+    rest = sorted((i for i in range(len(scores)) if i not in chosen), key=lambda i: (-scores[i], i))
+    chosen += rest[: B - len(chosen)]
+    return sorted(chosen, key=lambda i: (-scores[i], i))
+
+
+def same_rows(
+    selected: dict[str, torch.Tensor], candidates: dict[str, torch.Tensor], rows: list[int]
+) -> None:
+    assert torch.equal(selected["task_ids"], candidates["task_ids"][rows])
+    assert torch.equal(selected["labels"], candidates["labels"][rows])
+    width = selected["input_ids"].shape[1]
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        assert torch.equal(selected[name], candidates[name][rows][:, :width])
+        assert not candidates["attention_mask"][rows][:, width:].any()
+    assert selected["attention_mask"][:, -1].any()
+
+
+@pytest.mark.parametrize("score", ["paper", "reference"])
+@pytest.mark.parametrize("places", ["reserve", "borrow:relation"])
+def test_selects_what_a_computation_by_hand_selects(make_trainer, make_model, score, places):
+    trainer = make_trainer(
+        sampler="uncertainty", score=score, regression_places=places, max_steps=4, learning_rate=0.05
+    )
+    spy = Spy(trainer)
+    trainer.train()
+    fresh = make_model(seed=99)
+    assert len(spy.selected) == 4
+    for candidates, weights, selected in zip(spy.candidates, spy.weights, spy.selected, strict=True):
+        tasks = candidates["task_ids"].tolist()
+        assert tasks == [0] * B + [1] * B + [2] * B
+        fresh.load_state_dict(weights)
+        scores = entropies(fresh, candidates)
+        if score == "reference":
+            mean = [sum(s for s, t in zip(scores, tasks, strict=True) if t == task) / B for task in range(T)]
+            scores = [s * mean[t] / max(mean) for s, t in zip(scores, tasks, strict=True)]
+        if places == "reserve":
+            rows = by_hand(scores, tasks, {2: B // T})
+        else:
+            scores[2 * B :] = scores[B : 2 * B]
+            rows = by_hand(scores, tasks, {})
+        same_rows(selected, candidates, rows)
+    changed = [not torch.equal(a["bert.pooler.dense.weight"], b["bert.pooler.dense.weight"]) for a, b in
+               zip(spy.weights[1:-1], spy.weights[2:], strict=True)]  # fmt: skip
+    assert all(changed)  # scored with the weights of the step, not with those of the start
+
+
+def test_shares_and_min_share(make_trainer):
+    trainer = make_trainer(sampler="uncertainty", min_share=1 / 3, max_steps=5, logging_steps=2)
+    spy = Spy(trainer)
+    result = trainer.train()
+    for batch in spy.selected:
+        assert torch.bincount(batch["task_ids"], minlength=T).tolist() == [2, 2, 2]
+    assert trainer.selection_shares() == {"tone": 1 / 3, "relation": 1 / 3, "closeness": 1 / 3}
+    assert result.metrics["train_data_share"] == pytest.approx(B / (T * B))
+    assert 0.0 < result.metrics["train_scoring_time_share"] < 1.0
+    logged = [entry for entry in trainer.state.log_history if "train_share_tone" in entry]
+    assert all(entry["train_share_tone"] == pytest.approx(1 / 3) for entry in logged)
+
+
+def test_candidates_per_task_and_small_tasks(make_trainer, data):
+    trainer = make_trainer(sampler="uncertainty", candidates_per_task=20, max_steps=2)
+    spy = Spy(trainer)
+    result = trainer.train()
+    counts = torch.bincount(spy.candidates[0]["task_ids"]).tolist()
+    assert counts == [20, 20, 17]  # the third task has no more
+    assert spy.selected[0]["task_ids"].numel() == B
+    assert result.metrics["train_data_share"] == pytest.approx(B / 57)
+
+
+def test_scoring_in_chunks_selects_the_same(make_trainer):
+    runs = []
+    for chunk in (None, 4):
+        trainer = make_trainer(sampler="uncertainty", score_batch_size=chunk, max_steps=1)
+        spy = Spy(trainer)
+        trainer.train()
+        runs.append(spy.selected[0])
+    assert torch.equal(runs[0]["input_ids"], runs[1]["input_ids"])
+
+
+def test_scoring_leaves_random_numbers_alone_and_dropout_uses_them(make_trainer, make_model):
+    model = make_model()
+    info = model.config.task_info
+    batch = {
+        "input_ids": torch.randint(5, 40, (6, 8)),
+        "attention_mask": torch.ones(6, 8, dtype=torch.long),
+        "token_type_ids": torch.zeros(6, 8, dtype=torch.long),
+        "task_ids": torch.tensor([0, 0, 1, 1, 2, 2]),
+    }
+    plain = UncertaintySelector(info, 3)
+    state = torch.random.get_rng_state()
+    first = plain.entropy(model, batch)
+    assert torch.equal(first, plain.entropy(model, batch))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert not model.training
+    assert first[4:].tolist() == [0.0, 0.0]
+    noisy = UncertaintySelector(info, 3, score_dropout=True)
+    second = noisy.entropy(model, batch)
+    assert not torch.equal(second, noisy.entropy(model, batch))
+    assert model.training
+    assert not first.requires_grad
+
+
+def test_regression_task_without_a_place_is_reported(caplog, make_model):
+    UncertaintySelector(make_model().config.task_info, 2)
+    assert "closeness" in caplog.text
+    assert "batch size of at least 3" in caplog.text
+
+
+def test_trimming_keeps_every_real_token():
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    batch = {
+        "input_ids": torch.arange(15).view(3, 5),
+        "attention_mask": mask,
+        "task_ids": torch.tensor([0, 1, 2]),
+    }
+    trimmed = trim_padding(dict(batch))
+    assert trimmed["input_ids"].tolist() == [[0, 1, 2], [5, 6, 7], [10, 11, 12]]
+    assert trimmed["task_ids"].tolist() == [0, 1, 2]
+    rows = select_rows(batch, torch.tensor([2, 0]))
+    assert rows["input_ids"].tolist() == [[10, 11], [0, 1]]
+    assert rows["task_ids"].tolist() == [2, 0]
