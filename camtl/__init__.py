@@ -23,9 +23,12 @@ _SUBMODULES = ("data", "models", "nn", "ops", "reports", "tasks", "training")
 __all__ = ["__version__", *_LAZY, *_SUBMODULES]  # noqa: PLE0604 - all of them strings
 
 if TYPE_CHECKING:
-    from camtl.models import CaMtlConfig, CaMtlForMultiTask, CaMtlModel
-    from camtl.ops import set_backend
-    from camtl.training import CaMtlTrainer, CaMtlTrainingArguments
+    from camtl.models import CaMtlConfig as CaMtlConfig
+    from camtl.models import CaMtlForMultiTask as CaMtlForMultiTask
+    from camtl.models import CaMtlModel as CaMtlModel
+    from camtl.ops import set_backend as set_backend
+    from camtl.training import CaMtlTrainer as CaMtlTrainer
+    from camtl.training import CaMtlTrainingArguments as CaMtlTrainingArguments
 
 
 def __getattr__(name: str) -> Any:

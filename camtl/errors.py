@@ -1,7 +1,7 @@
 """Errors that end a command with one clear line.
 
-Ops raise plain :class:`ValueError` / :class:`TypeError`; everything a person can mend in a command, a config or a
-data file raises :class:`UsageError`. Both kinds carry the exit code that the command line returns.
+Ops raise plain :class:`ValueError` / :class:`TypeError`; everything a person can mend in a command, a config
+or a data file raises :class:`UsageError`. Both kinds carry the exit code that the command line returns.
 """
 
 from __future__ import annotations

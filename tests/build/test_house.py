@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: imports point downward, light parts stay light, files stay short."""
+"""The rules of the house that a machine can check: imports point downward, light parts stay light."""
 
 from __future__ import annotations
 
@@ -108,24 +108,22 @@ def test_no_import_circles() -> None:
         visit(module, ())
 
 
+def loaded_by(module: str) -> set[str]:
+    """The top-level packages in a fresh interpreter after ``import module``."""
+    code = f"import sys, {module}; print(*sorted(m.split('.')[0] for m in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
 @pytest.mark.parametrize("part", sorted(HEAVY))
 def test_light_parts_stay_light(part: str) -> None:
-    code = f"import sys, camtl.{part}; print(*sorted(m.split('.')[0] for m in sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # transformers itself imports some of them where they are installed; that is not ours to forbid
-    allowed: set[str] = set()
-    if part == "models":
-        code = "import sys, transformers.modeling_utils; print(*sorted(m.split('.')[0] for m in sys.modules))"
-        allowed = set(
-            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
-        )
-    assert not HEAVY[part] & (set(run.stdout.split()) - allowed)
+    allowed = loaded_by("transformers.modeling_utils") if part == "models" else set()
+    assert not HEAVY[part] & (loaded_by(f"camtl.{part}") - allowed)
 
 
 def test_import_camtl_loads_nothing_heavy() -> None:
-    code = "import sys, camtl; print(*sorted(m.split('.')[0] for m in sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "triton", "transformers", "datasets", "numpy"} & set(run.stdout.split())
+    assert not {"torch", "triton", "transformers", "datasets", "numpy"} & loaded_by("camtl")
 
 
 def test_ops_are_functions_also_after_their_module_was_imported() -> None:

@@ -1,0 +1,257 @@
+"""``camtl predict``: label texts given on the command line, in a file, or line by line on stdin."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from camtl.cli._parser import CommandParser, positive
+from camtl.errors import UsageError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from camtl.tasks import Task
+
+    Row = dict[str, Any]
+
+_DESCRIPTION = """
+Label texts with a trained model. Texts come from --text, from a file, or, when neither is given, from stdin,
+one a line (pairs separated by a tab). A classification gives label, score and the probability of every label;
+a regression gives a score in the task's own units. Output is JSON Lines; on a terminal it is a small table.
+"""
+_EXAMPLES = (
+    ("one text", 'camtl predict runs/demo --task demo_sentiment --text "a dull and lifeless film"'),
+    ("a text pair", 'camtl predict runs/glue4 --task rte --text "It rains in Rome." "Rome is dry."'),
+    (
+        "a file, its answers in another",
+        "camtl predict runs/glue4 --task cola --input_file in.csv --output_file out.jsonl",
+    ),
+    ("a pipe", "cut -f1 reviews.tsv | camtl predict runs/demo --task demo_sentiment > labels.jsonl"),
+)
+_INPUTS = ".jsonl, .json, .csv, .tsv, .parquet (these also with .gz) or .txt"
+_KEPT = ("idx", "id")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run ``camtl predict``."""
+    parser = CommandParser(
+        "predict", _DESCRIPTION, _EXAMPLES, "RUN [--task NAME] [--text TEXT [TEXT]] [options]"
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a trained model (--output_dir of camtl train)")
+    parser.add_argument(
+        "--task", metavar="NAME", help="which task's answer (may be left out if there is one task)"
+    )
+    source = parser.add_argument_group("what to label (default: lines of stdin)")
+    source.add_argument(
+        "--text",
+        metavar="TEXT [TEXT]",
+        nargs="+",
+        action="append",
+        help="a text, or both texts of a pair; repeatable",
+    )
+    source.add_argument(
+        "--input_file",
+        metavar="FILE",
+        help=f"{_INPUTS}; the task's text columns are read, a .txt line by line",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_file", metavar="FILE", help=".jsonl or .csv (default: stdout)")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--batch_size", metavar="N", type=positive, default=32, help="texts at once")
+    speed.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)"
+    )
+    return _predict(parser.parse(argv))
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from camtl.cli._run_folder import choose_tasks, open_run, run_tasks
+
+    folder = open_run(args.run)
+    tasks = run_tasks(folder)
+    if args.task is None and len(tasks) > 1:
+        raise UsageError(f"say which task: --task {' or '.join(task.name for task in tasks)}")
+    chosen = choose_tasks(tasks, [args.task] if args.task else None, folder)
+    if len(chosen) > 1:
+        raise UsageError(f"--task {args.task}: one task at a time")
+    task = chosen[0]
+    if args.text and args.input_file:
+        raise UsageError("--text and --input_file exclude each other; give one of them")
+    if args.output_file and not args.output_file.endswith((".jsonl", ".csv")):
+        raise UsageError(f"--output_file {args.output_file}: the name must end in .jsonl or .csv")
+    interactive = not args.text and not args.input_file and sys.stdin.isatty()
+    # Read what can be read before the model is loaded: a wrong file should be told at once.
+    rows: Iterable[Row] = ()
+    if args.text:
+        rows = [_row(task, texts, "--text") for texts in args.text]
+    elif args.input_file:
+        rows = _file_rows(args.input_file, task)
+
+    label = _labeller(folder, task, args.device, args.batch_size)
+    if interactive:
+        what = "two texts separated by a tab" if task.is_pair else "a text"
+        print(f"{task.name}: type {what} and Enter; Ctrl-D ends", file=sys.stderr)
+        for row in _stdin_rows(task):
+            _print_table(label([row]))
+        return 0
+    if not args.text and not args.input_file:
+        rows = _stdin_rows(task)
+    if args.output_file:
+        _write(args.output_file, list(_in_chunks(rows, label, args.batch_size)))
+        print(f"wrote {args.output_file}", file=sys.stderr)
+    elif sys.stdout.isatty():
+        _print_table(list(_in_chunks(rows, label, args.batch_size)))
+    else:
+        for row in _in_chunks(rows, label, args.batch_size):
+            print(json.dumps(row, ensure_ascii=False))
+    return 0
+
+
+def _labeller(
+    folder: Path, task: Task, device: str | None, batch_size: int
+) -> Callable[[list[Row]], list[Row]]:
+    import torch
+
+    from camtl.cli._run_folder import prepare_libraries
+
+    prepare_libraries()
+    from camtl.models import CaMtlForMultiTask
+
+    model = CaMtlForMultiTask.from_pretrained(str(folder))
+    model.to(pick_device(device, torch))
+    model.eval()
+
+    def label(rows: list[Row]) -> list[Row]:
+        texts = [tuple(row[column] for column in task.text_columns) for row in rows]
+        answers = model.predict(
+            [text if task.is_pair else text[0] for text in texts], task=task.name, batch_size=batch_size
+        )
+        return [{**row, **answer} for row, answer in zip(rows, answers, strict=True)]
+
+    return label
+
+
+def pick_device(name: str | None, torch: Any) -> Any:
+    """Return the torch device called ``name``, or the best there is; refuse one that is not there."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: not a device; use cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: not available here; use cpu")
+    return device
+
+
+def _in_chunks(
+    rows: Iterable[Row], label: Callable[[list[Row]], list[Row]], batch_size: int
+) -> Iterator[Row]:
+    """Label a stream in pieces that are large enough to sort by length and small enough to hold."""
+    stream = iter(rows)
+    while chunk := list(islice(stream, batch_size * 32)):
+        yield from label(chunk)
+
+
+def _row(task: Task, texts: Sequence[str], where: str) -> Row:
+    if len(texts) != len(task.text_columns):
+        wanted = f"two texts ({', '.join(task.text_columns)})" if task.is_pair else "one text"
+        hint = "" if task.is_pair or where != "--text" else "; repeat --text for several texts"
+        raise UsageError(f"{where}: the task {task.name} reads {wanted}, given {len(texts)}{hint}")
+    return dict(zip(task.text_columns, texts, strict=True))
+
+
+def _line_rows(lines: Iterable[str], task: Task, name: str) -> Iterator[Row]:
+    blank = 0
+    for number, raw in enumerate(lines, 1):
+        line = raw.rstrip("\r\n")
+        if not line.strip():
+            blank += 1
+            continue
+        yield _row(task, line.split("\t") if task.is_pair else [line], f"{name}, line {number}")
+    if blank:
+        print(f"camtl: {name}: skipped {blank:,} blank lines", file=sys.stderr)
+
+
+def _stdin_rows(task: Task) -> Iterator[Row]:
+    return _line_rows(sys.stdin, task, "stdin")
+
+
+def _file_rows(path: str, task: Task) -> list[Row]:
+    if path.endswith(".txt"):
+        try:
+            with open(path, encoding="utf-8-sig") as handle:
+                return list(_line_rows(handle, task, path))
+        except UnicodeDecodeError:
+            raise UsageError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
+        except OSError as error:
+            raise UsageError(f"--input_file {path}: {error.strerror}") from None
+    from camtl.data.files import read_table
+
+    table = read_table(path)
+    missing = [column for column in task.text_columns if column not in table.columns]
+    if missing:
+        raise UsageError(
+            f"{path}: the task {task.name} reads the column{'s' if len(missing) > 1 else ''} "
+            f"{', '.join(map(repr, missing))}; the columns there are: {', '.join(table.columns)}"
+        )
+    kept = [column for column in _KEPT if column in table.columns and column not in task.text_columns]
+    rows = []
+    for number in range(len(table)):
+        row = {column: table.columns[column][number] for column in (*kept, *task.text_columns)}
+        for column in task.text_columns:
+            if not isinstance(row[column], str):
+                raise UsageError(
+                    f"{table.where(number)}: the column {column!r} holds {row[column]!r}, not text"
+                )
+        rows.append(row)
+    return rows
+
+
+def _flat(row: Row) -> Row:
+    """Give every probability a column of its own, for tables."""
+    flat = {name: value for name, value in row.items() if name != "probabilities"}
+    for name, value in row.get("probabilities", {}).items():
+        flat[f"probability_{name}"] = value
+    return flat
+
+
+def _write(path: str, rows: list[Row]) -> None:
+    from camtl._io import atomic_write
+
+    if path.endswith(".jsonl"):
+        atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return
+    buffer = io.StringIO(newline="")
+    flat = [_flat(row) for row in rows]
+    writer = csv.DictWriter(buffer, fieldnames=list(dict.fromkeys(name for row in flat for name in row)))
+    writer.writeheader()
+    writer.writerows(flat)
+    atomic_write(path, buffer.getvalue())
+
+
+def _print_table(rows: list[Row]) -> None:
+    from camtl.reports.tables import print_table
+
+    if not rows:
+        return
+    names = list(rows[0])
+    header = [name for name in names if name != "probabilities"]
+    body = [
+        [f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in header]
+        for row in rows
+    ]
+    print_table(header, body, right=[header.index("score")])
