@@ -40,6 +40,12 @@ HEAVY = {
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in LEVELS)
 
 
+def is_module(name: str) -> bool:
+    """Whether a dotted name is a file or a package of the checkout."""
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
 def imported_modules(path: Path) -> list[tuple[str, int]]:
     """Every ``camtl...`` module that a file imports anywhere, with its line; relative imports resolved."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
@@ -50,10 +56,9 @@ def imported_modules(path: Path) -> list[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, [base, node.module or ""]))
-            if module == "camtl":
-                found += [(f"camtl.{alias.name}", node.lineno) for alias in node.names]
-            else:
-                found.append((module, node.lineno))
+            for alias in node.names:
+                submodule = f"{module}.{alias.name}"  # `from package import file` imports the file
+                found.append((submodule if is_module(submodule) else module, node.lineno))
     return [(name, line) for name, line in found if name == "camtl" or name.startswith("camtl.")]
 
 
