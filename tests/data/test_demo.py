@@ -124,7 +124,7 @@ def test_recorded_first_rows(data):
 
 
 FIRST_ROWS = {
-    "demo_acceptability": ("The inventor near the harbour could never repaired the wallet.", 0),
+    "demo_acceptability": ("The sailor who trusted no teacher has ever borrowed this blanket.", 0),
     "demo_sentiment": ("The two of us really loved the dessert and the film last month.", 1),
     "demo_entailment": (
         "Last week the dentist refused to inspect the guitar near the market.",

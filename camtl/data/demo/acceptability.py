@@ -215,14 +215,9 @@ def _adverb_place(draw: Draw, words: Lexicon, good: bool) -> str:
 
 # Word order is easier to learn than agreement and argument structure: a mixture is neither hopeless nor
 # trivial.
+_WORD_ORDER = (_article_place, _helper_place, _preposition_place, _adverb_place)
 _TEMPLATES = (
-    _article_place,
-    _article_place,
-    _helper_place,
-    _helper_place,
-    _preposition_place,
-    _preposition_place,
-    _adverb_place,
+    *4 * _WORD_ORDER,
     _agreement,
     _relative_agreement,
     _determiner,
@@ -233,5 +228,4 @@ _TEMPLATES = (
     _time,
     _ever,
     _verb_form,
-    _adverb_place,
 )
