@@ -10,6 +10,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from camtl.errors import UsageError
+from camtl.models.task_info import normalise_tasks
 
 _BASE: dict[str, Any] = {
     "attention_bias": "block_diagonal",
@@ -250,6 +251,9 @@ class CaMtlConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise UsageError(f"{name}: {value!r} is not accepted; accepted: a number in [0, 1)")
+        eps = self.layer_norm_eps
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
+            raise UsageError(f"layer_norm_eps: {eps!r} is not accepted; accepted: a number above 0")
         if not (self.packed == "auto" or isinstance(self.packed, bool)):
             raise UsageError(f"packed: {self.packed!r} is not accepted; accepted: 'auto', True, False")
         self._check_freeze()
@@ -281,16 +285,22 @@ class CaMtlConfig(PreTrainedConfig):
     # -- JSON ------------------------------------------------------------------------------------------------
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As the base class; overrides of our own fields go through the constructor, so that they are
-        checked.
+        """As the base class; ``kwargs`` override the stored fields, and the result is checked.
+
+        Another ``preset`` than the stored one fills all switches anew, except those given beside it.
         """
         config_dict = dict(config_dict)
-        for name in (*SWITCHES, "preset", "tasks", "max_seq_length", "packed"):
+        if kwargs.get("preset", config_dict.get("preset")) != config_dict.get("preset"):
+            for name in SWITCHES:  # they are the old preset's
+                config_dict.pop(name, None)
+        if "tasks" in kwargs:
+            config_dict.pop("task_info", None)
+        for name in (*SWITCHES, "preset", "tasks", "task_info", "max_seq_length", "packed"):
             if name in kwargs:
                 config_dict[name] = kwargs.pop(name)
-                if name == "tasks":
-                    config_dict.pop("task_info", None)
-        return super().from_dict(config_dict, **kwargs)
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).check()
+        return loaded
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As the base class, but always with the switches: a preset must not fill what was set."""
@@ -307,87 +317,3 @@ class CaMtlConfig(PreTrainedConfig):
         ):
             diff[name] = getattr(self, name)
         return diff
-
-
-def normalise_tasks(
-    tasks: str | Iterable[Any], task_info: Sequence[Mapping[str, Any]] | None
-) -> list[dict[str, Any]]:
-    """The ordered ``task_info`` dicts for tasks given as names, dicts or objects with ``to_config()``.
-
-    A name is looked up in ``task_info`` first, then in the registry of tasks. Raises :class:`UsageError` for
-    duplicates, for a mapping (its order is not kept by JSON) and for incomplete entries.
-    """
-    if isinstance(tasks, Mapping):
-        raise UsageError(
-            "tasks: a mapping was given; accepted: an ordered list of names, dicts or task objects"
-        )
-    entries = (
-        [name.strip() for name in tasks.split(",") if name.strip()] if isinstance(tasks, str) else list(tasks)
-    )
-    known = {str(info.get("name")): dict(info) for info in task_info or ()}
-    if not entries:
-        entries = list(known)
-    result: list[dict[str, Any]] = []
-    for entry in entries:
-        if isinstance(entry, str):
-            info = known[entry] if entry in known else _registered(entry)
-        elif isinstance(entry, Mapping):
-            info = dict(entry)
-        elif hasattr(entry, "to_config"):
-            info = dict(entry.to_config())
-        else:
-            raise UsageError(
-                f"tasks: {entry!r} is not accepted; accepted: a name, a dict or an object with to_config()"
-            )
-        result.append(_complete(info))
-    names = [info["name"] for info in result]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(
-                f"tasks: {name!r} is given {names.count(name)} times; each task needs its own name"
-            )
-    return result
-
-
-def _registered(name: str) -> dict[str, Any]:
-    from camtl.tasks import get_task
-
-    return dict(get_task(name).to_config())
-
-
-def _complete(info: dict[str, Any]) -> dict[str, Any]:
-    name = info.get("name")
-    if not isinstance(name, str) or not name:
-        raise UsageError(
-            f"tasks: {info!r} has no name; accepted: a dict with at least 'name' and 'num_labels'"
-        )
-    labels = info.get("labels")
-    count = info.get("num_labels", len(labels) if labels else None)
-    kind = info.get("type", "regression" if count == 1 else "classification")
-    if count is None and kind == "regression":
-        count = 1
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise UsageError(
-            f"task {name!r}: num_labels is {count!r}; accepted: a whole number of 1 or more, or a list of "
-            "labels"
-        )
-    if labels is not None and len(labels) != count:
-        raise UsageError(
-            f"task {name!r}: num_labels is {count} but {len(labels)} labels are named: {list(labels)}"
-        )
-    loss = info.get("loss") or ("mse" if kind == "regression" or count == 1 else "ce")
-    if loss not in ("ce", "mse", "bce"):
-        raise UsageError(f"task {name!r}: loss {loss!r} is not accepted; accepted: ce, mse, bce")
-    std = info.get("label_std")
-    if std is not None and not float(std) > 0:
-        raise UsageError(f"task {name!r}: label_std is {std!r}; accepted: None or a number above 0")
-    return {
-        **info,
-        "name": name,
-        "type": kind,
-        "num_labels": count,
-        "labels": list(labels) if labels is not None else None,
-        "loss": loss,
-        "label_mean": info.get("label_mean"),
-        "label_std": std,
-    }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+import inspect
+import os
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.hub import PushToHubMixin
 
 from camtl.errors import UsageError
 from camtl.models import packing
@@ -18,7 +22,7 @@ from camtl.models.layers import Batch, CaMtlLayer
 from camtl.models.loading import LoadingMixin
 from camtl.models.outputs import CaMtlModelOutput
 from camtl.nn import ConditionalAlignment, ConditionalBottleneck, FiLMLinear, HyperNetwork
-from camtl.nn.alignment import sequence_of_row
+from camtl.ops.reference import sequence_of_row
 
 
 class CaMtlPreTrainedModel(LoadingMixin, FreezingMixin, PreTrainedModel):
@@ -34,6 +38,26 @@ class CaMtlPreTrainedModel(LoadingMixin, FreezingMixin, PreTrainedModel):
     _no_split_modules = ["CaMtlLayer"]  # noqa: RUF012 - Hugging Face wants a list
     _supports_sdpa = False
     _supports_attention_backend = False
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As the base class, but a keyword that it does not know raises :class:`UsageError`."""
+        known = {
+            name
+            for method in (PreTrainedModel.save_pretrained, PushToHubMixin.push_to_hub)
+            for name in inspect.signature(method).parameters
+        }
+        unknown = sorted(kwargs.keys() - (known - {"self", "kwargs"}) - {"safe_serialization"})
+        if unknown:
+            raise UsageError(f"save_pretrained: {', '.join(unknown)}: no such keyword")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
+    ) -> None:
+        # a reentrant checkpoint only knows tensors among the arguments; the layers' tables come in a dict
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise UsageError("gradient checkpointing: use_reentrant=True is not supported; accepted: False")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -126,11 +150,16 @@ class Pooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """``[B, S, D]``, or ``[N, D]`` with ``cu_seqlens`` ``[B+1]``, to ``[B, D]``."""
+        """``[B, S, D]``, or ``[N, D]`` with ``cu_seqlens`` ``[B+1]``, to ``[B, D]``.
+
+        An empty packed sequence counts as a first token of zeros.
+        """
         if cu_seqlens is None:
             first = hidden_states[:, 0]
         else:
             first = hidden_states.index_select(0, cu_seqlens[:-1].clamp(max=hidden_states.shape[0] - 1))
+            # an empty sequence has no first token: not the next one's, and not one from behind the last
+            first = torch.where((cu_seqlens[1:] > cu_seqlens[:-1]).unsqueeze(1), first, 0.0)
         return torch.tanh(self.dense(first))
 
 
@@ -227,7 +256,9 @@ class CaMtlModel(CaMtlPreTrainedModel):
         source = input_ids if input_ids is not None else inputs_embeds
         if source is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        self._check_shapes(source, input_ids is not None, attention_mask, cu_seqlens, max_seqlen)
+        self._check_shapes(
+            source, input_ids is not None, attention_mask, token_type_ids, cu_seqlens, max_seqlen
+        )
         if task_ids is None and self.is_conditional:
             if config.num_tasks != 1:
                 raise ValueError(
@@ -245,7 +276,7 @@ class CaMtlModel(CaMtlPreTrainedModel):
             input_ids, inputs_embeds = (source, None) if input_ids is not None else (None, source)
             attention_mask = None
 
-        positions = self._positions(source, cu_seqlens)
+        positions = self._positions(source, cu_seqlens) if padded_form is None else padded_form.positions
         x = self.embeddings(input_ids, token_type_ids, positions, inputs_embeds)
         tables = self.tables()
         if self.conditional_alignment is not None:
@@ -269,6 +300,7 @@ class CaMtlModel(CaMtlPreTrainedModel):
         source: Tensor,
         is_ids: bool,
         attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
     ) -> None:
@@ -292,6 +324,10 @@ class CaMtlModel(CaMtlPreTrainedModel):
             if attention_mask is not None and attention_mask.shape != lead:
                 raise ValueError(f"attention_mask must be {tuple(lead)}, got {tuple(attention_mask.shape)}")
             length = lead[1]
+            if length < 1:
+                raise ValueError(f"input_ids must have 1 or more positions, got shape {tuple(source.shape)}")
+        if token_type_ids is not None and token_type_ids.shape != lead:
+            raise ValueError(f"token_type_ids must be {tuple(lead)}, got {tuple(token_type_ids.shape)}")
         if length > limit:
             raise ValueError(
                 f"the sequence length is {length}, but this model was built for max_seq_length={limit}: "

@@ -61,23 +61,32 @@ def stays_fixed(name: str, config: CaMtlConfig) -> bool:
 
 
 def no_weight_decay(name: str) -> bool:
-    """The released rule: no decay for names that contain ``bias`` or ``LayerNorm.weight`` (so generators do
-    decay).
+    """The released rule: no decay for biases and for names that contain ``LayerNorm.weight``.
+
+    The weights of generators do decay, ``ln_bias_modulation.weight`` too (hence the last part of the name).
     """
-    return "bias" in name or "LayerNorm.weight" in name
+    return name.rpartition(".")[2] == "bias" or "LayerNorm.weight" in name
 
 
 class FreezingMixin:
     """Freezing and counting, for models with a ``config`` of :class:`CaMtlConfig`."""
 
     config: Any
+    _fixed_by_config: frozenset[str] = frozenset()
     no_weight_decay = staticmethod(no_weight_decay)
 
     def apply_freezing(self: Any) -> None:
-        """Freeze what ``config.freeze`` and ``config.freeze_conditional`` say."""
+        """Freeze what ``config.freeze`` and ``config.freeze_conditional`` say, and unfreeze what an earlier
+        call froze and they no longer name. Parameters frozen by hand stay so.
+        """
+        fixed = set()
         for name, parameter in self.named_parameters():
             if stays_fixed(name, self.config):
+                fixed.add(name)
                 parameter.requires_grad_(False)
+            elif name in self._fixed_by_config:
+                parameter.requires_grad_(True)
+        self._fixed_by_config = frozenset(fixed)
 
     def conditional_parameters(self: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """``(name, parameter)`` of all that plain BERT does not have: generators, A, bottlenecks, task

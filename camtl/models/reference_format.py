@@ -16,6 +16,7 @@ from torch import Tensor
 
 from camtl.errors import UsageError
 from camtl.models.configuration import SWITCHES, CaMtlConfig
+from camtl.models.task_info import described, split_tasks
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {"preset": "ca-mtl-base"},
@@ -161,7 +162,7 @@ class ReferenceFormatMixin:
         state_dict: Mapping[str, Tensor],
         variant: str = "base",
         config: Any = None,
-        tasks: Iterable[Any] | None = None,
+        tasks: str | Iterable[Any] | None = None,
     ) -> Any:
         """A model from a released state dict.
 
@@ -182,7 +183,8 @@ class ReferenceFormatMixin:
                 keys.
         """
         _check_variant(variant)
-        state = dict(state_dict)
+        # position_ids: 0, 1, 2, ..., a buffer that older versions of transformers saved
+        state = {n: t for n, t in state_dict.items() if n != "bert.embeddings.position_ids"}
         sizes = _decoder_sizes(state)
         fields = _encoder_fields(state, config)
         for name, value in VARIANTS[variant].items():
@@ -223,8 +225,9 @@ class ReferenceFormatMixin:
         Raises :class:`UsageError` for a model whose switches the released code does not know.
         """
         variant = reference_variant(self.config)
+        # clones: what is done to the result must not reach the model
         return to_reference_state(
-            self.state_dict(),
+            {name: tensor.clone() for name, tensor in self.state_dict().items()},
             sizes=self.heads.sizes,
             num_hidden_layers=self.config.num_hidden_layers,
             variant=variant,
@@ -261,16 +264,15 @@ def reference_variant(config: CaMtlConfig) -> str:
     )
 
 
-def _tasks_for(sizes: Sequence[int], tasks: Iterable[Any] | None) -> list[Any]:
+def _tasks_for(sizes: Sequence[int], tasks: str | Iterable[Any] | None) -> list[Any]:
     if tasks is None:
         return [{"name": f"task{t}", "num_labels": size} for t, size in enumerate(sizes)]
-    entries = list(tasks)
+    entries = split_tasks(tasks)
     if len(entries) != len(sizes):
         raise UsageError(f"tasks: {len(entries)} given, but the state dict has {len(sizes)} decoders")
     result: list[Any] = []
     for t, (entry, size) in enumerate(zip(entries, sizes, strict=True)):
-        info = {"name": entry, "num_labels": size} if isinstance(entry, str) else entry
-        info = dict(info) if isinstance(info, Mapping) else dict(info.to_config())
+        info = {"name": entry, "num_labels": size} if isinstance(entry, str) else described(entry)
         if info.setdefault("num_labels", size) != size:
             raise UsageError(
                 f"tasks: {info['name']!r} has {info['num_labels']} outputs, decoder {t} has {size}"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from camtl.errors import UsageError
-from camtl.models.configuration import normalise_tasks
+from camtl.models.task_info import normalise_tasks
 
 
 class TaskLifeMixin:

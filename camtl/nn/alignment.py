@@ -6,14 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from camtl.nn.film import FiLM, row_per_sequence
-
-
-def sequence_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """The sequence each packed row belongs to, ``[rows]``; rows behind the last sequence get the number B."""
-    positions = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.bucketize(positions, cu_seqlens[1:].contiguous(), right=True)
+from camtl.nn.film import FiLM, check_tables, row_per_sequence
+from camtl.ops.reference import sequence_of_row
 
 
 class ConditionalAlignment(FiLM):
@@ -47,6 +43,7 @@ class ConditionalAlignment(FiLM):
         """As :meth:`FiLM.forward`: ``x`` ``[B, S, D]`` or packed ``[N, D]``, same shape and dtype back."""
         if self.matrix is None:
             return super().forward(x, z, task_ids, gamma=gamma, beta=beta, cu_seqlens=cu_seqlens)
+        check_tables("ConditionalAlignment", gamma, beta)
         if gamma is None or beta is None:
             if z is None:
                 raise ValueError(
@@ -62,10 +59,12 @@ class ConditionalAlignment(FiLM):
         )
         total = x.sum(-1, keepdim=True)
         if cu_seqlens is None:
-            offset = beta.index_select(0, ids)
+            # F.embedding: its gradient sums in a fixed order, that of an index on a GPU does not
+            offset = F.embedding(ids, beta)
             offset = offset if x.dim() == 2 else offset.unsqueeze(1)
-            return scaled + (total * offset).to(scaled.dtype)
+            return (scaled + (total * offset).to(scaled.dtype)).to(x.dtype)
         sequence = sequence_of_row(cu_seqlens, x.shape[0])
         real = (sequence < ids.shape[0]).unsqueeze(-1)
-        offset = beta.index_select(0, ids.index_select(0, sequence.clamp(max=ids.shape[0] - 1)))
-        return scaled + torch.where(real, total * offset, torch.zeros_like(total)).to(scaled.dtype)
+        offset = F.embedding(ids.index_select(0, sequence.clamp(max=ids.shape[0] - 1)), beta)
+        shift = torch.where(real, total * offset, torch.zeros_like(total))
+        return (scaled + shift.to(scaled.dtype)).to(x.dtype)

@@ -37,6 +37,10 @@ class ConditionalSelfAttention(nn.Module):
         dropout_p: float = 0.0,
     ) -> None:
         super().__init__()
+        if num_heads < 1 or hidden_size < 1:
+            raise ValueError(
+                f"hidden_size and num_heads must be 1 or more, got {hidden_size} and {num_heads}"
+            )
         if hidden_size % num_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}"
@@ -47,6 +51,8 @@ class ConditionalSelfAttention(nn.Module):
             )
         if film not in ("column", "entry"):
             raise ValueError(f"film must be 'column' or 'entry', got {film!r}")
+        if not 0 <= dropout_p < 1:
+            raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
         self.num_heads = num_heads
         self.max_seq_length = max_seq_length
         self.block_width = block_width
@@ -80,9 +86,10 @@ class ConditionalSelfAttention(nn.Module):
         if self.film == "column":
             return self.random_weight_matrix, gamma, beta
         w = self.block_width
-        rows = torch.arange(self.max_seq_length, device=generated.device) % w
-        gamma = gamma.unflatten(-1, (w, w)).index_select(1, rows)
-        beta = beta.unflatten(-1, (w, w)).index_select(1, rows)
+        copies = -(-self.max_seq_length // w)
+        gamma, beta = (
+            g.unflatten(-1, (w, w)).repeat(1, copies, 1)[:, : self.max_seq_length] for g in (gamma, beta)
+        )
         return (1 + gamma) * self.random_weight_matrix + beta, None, None
 
     def forward(

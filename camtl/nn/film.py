@@ -25,6 +25,13 @@ def row_per_sequence(z: Tensor, task_ids: Tensor | None) -> Tensor:
     return torch.arange(z.shape[0], device=z.device)
 
 
+def check_tables(module: str, gamma: Tensor | None, beta: Tensor | None) -> None:
+    """Both tables or neither, else ValueError."""
+    if (gamma is None) != (beta is None):
+        given = "gamma" if beta is None else "beta"
+        raise ValueError(f"{module} needs gamma and beta together, or neither; only {given} was given")
+
+
 class FiLM(nn.Module):
     """Modulates every feature of ``x`` by a condition. Parameter: ``gb_weights`` (condition size C to 2 * D).
 
@@ -58,6 +65,7 @@ class FiLM(nn.Module):
         Give either the condition ``z`` ``[T, C]`` or ready tables ``gamma``, ``beta`` ``[T, D]``.
         ``task_ids`` ``[B]`` picks the row of each sequence; without it ``z`` must have one row per sequence.
         """
+        check_tables("FiLM", gamma, beta)
         if gamma is None or beta is None:
             if z is None:
                 raise ValueError(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from camtl.nn.bottleneck import ConditionalBottleneck
 from camtl.nn.film import FiLMLinear
+from camtl.ops.reference import without_autocast
 
 
 class _Snapshot:
@@ -46,7 +47,7 @@ class HyperNetwork(nn.Module):
     two batched products.
 
     In eval mode under ``no_grad`` the tables are kept until a source parameter changes (in-place writes,
-    loading, ``.to``, a new task, autocast) or training mode is entered. Writes through ``parameter.data`` are
+    loading, ``.to``, a new task) or training mode is entered. Writes through ``parameter.data`` are
     the one change that PyTorch does not count: call :meth:`clear_cache` after those. Nothing is kept under
     ``torch.compile``.
     """
@@ -60,8 +61,9 @@ class HyperNetwork(nn.Module):
         self._cache = None
 
     def train(self, mode: bool = True) -> HyperNetwork:
-        """As ``nn.Module.train``; the kept tables are dropped."""
-        self.clear_cache()
+        """As ``nn.Module.train``; entering training mode drops the kept tables."""
+        if mode:
+            self.clear_cache()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -104,7 +106,7 @@ class HyperNetwork(nn.Module):
             )
         if any(s.is_meta or s.is_inference() or type(s) not in (Tensor, nn.Parameter) for s in sources):
             return self._tables(z, generators, transformation, alignment, bottlenecks)
-        layout = (tuple(generators), len(bottlenecks), torch.is_autocast_enabled(z.device.type))
+        layout = (tuple(generators), len(bottlenecks))
         if self._cache is not None:
             snapshots, kept_layout, tables = self._cache
             if (
@@ -113,10 +115,10 @@ class HyperNetwork(nn.Module):
                 and all(snapshot.matches(s) for snapshot, s in zip(snapshots, sources, strict=True))
             ):
                 return tables
-        tables = self._tables(z, generators, transformation, alignment, bottlenecks)
-        if torch.is_inference_mode_enabled():
-            return tables  # tensors made in inference mode may not meet autograd later
-        self._cache = ([_Snapshot(s) for s in sources], layout, tables)
+        # tensors made in inference mode may not meet autograd later, and what is kept may
+        with torch.inference_mode(False), torch.no_grad():
+            tables = self._tables(z, generators, transformation, alignment, bottlenecks)
+            self._cache = ([_Snapshot(s) for s in sources], layout, tables)
         return tables
 
     def _tables(
@@ -128,7 +130,7 @@ class HyperNetwork(nn.Module):
         bottlenecks: Sequence[ConditionalBottleneck],
     ) -> dict[str, Tensor]:
         tables: dict[str, Tensor] = {}
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device):
             if alignment is not None:
                 tables["alignment"] = F.linear(z, alignment.weight, alignment.bias)
             if not generators and not bottlenecks:

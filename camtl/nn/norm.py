@@ -42,13 +42,10 @@ class FusedLayerNorm(nn.LayerNorm):
         """``LN(dropout(x + x_bias) + residual)`` for ``x`` ``[B, S, D]`` or ``[N, D]``; shape and dtype of
         ``x`` back.
 
-        ``tables`` and ``task_ids`` turn it into a conditional norm (:class:`ConditionalLayerNorm` fills
-        them).
+        ``residual`` may be float32 beside a 16-bit ``x``. ``cu_seqlens`` ``[B+1]`` of packed ``x``: rows
+        behind the last sequence give 0. ``tables`` and ``task_ids`` turn it into a conditional norm
+        (:class:`ConditionalLayerNorm` fills them).
         """
-        if residual is not None and residual.dtype != x.dtype:
-            residual = residual.to(
-                x.dtype
-            )  # under autocast the first residual comes from a float32 embedding
         gamma, beta, shift = tables if tables is not None else (None, None, None)
         return ops.conditional_layer_norm(
             x,
@@ -62,7 +59,7 @@ class FusedLayerNorm(nn.LayerNorm):
             residual=residual,
             dropout_p=dropout_p,
             eps=self.eps,
-            cu_seqlens=cu_seqlens if tables is not None else None,
+            cu_seqlens=cu_seqlens,
         )
 
 

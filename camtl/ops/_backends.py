@@ -76,34 +76,51 @@ def _check_name(name: Any, argument: str) -> str:
     return name
 
 
-class Preference:
-    """A preferred backend, as :func:`set_backend` returns it; entered, it ends with the ``with`` block."""
+class _Setting:
+    """A backend that calls should prefer: the process's, the environment's or a thread's."""
 
-    def __init__(self, name: str | None, before: Preference | None = None) -> None:
+    def __init__(self, name: str | None) -> None:
         self.name = name
         self.warned: set[str] = set()  # the ops that had to fall back, each of which warns once
+        self.entered = False  # it holds in a block only
+        self.before: _Setting | None = None  # what was the process's, known once entered
+
+
+class Preference:
+    """A preferred backend, as :func:`set_backend` returns it; entered, it ends with the ``with`` block.
+
+    Only this object knows what was set before. Set as a statement it is dropped, and so is what it replaced.
+    """
+
+    def __init__(self, setting: _Setting, before: _Setting | None) -> None:
+        self._setting = setting
         self._before = before
-        self._entered = False
+
+    @property
+    def name(self) -> str | None:
+        """The preferred backend."""
+        return self._setting.name
 
     def __enter__(self) -> Preference:
         # From here on it is this thread's alone: taken back from the process, put on the thread's own stack.
+        setting = self._setting
         with _default.lock:
-            self._entered = True
-            if _default.process is self:
-                before = self._before
-                while before is not None and before._entered:  # by another thread, meanwhile
-                    before = before._before
+            setting.entered, setting.before = True, self._before
+            if _default.process is setting:
+                before = setting.before
+                while before is not None and before.entered:  # by another thread, meanwhile
+                    before = before.before
                 _default.process = before
-        _default.thread.stack.append(self)
+        _default.thread.stack.append(setting)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _default.thread.stack.remove(self)
+        _default.thread.stack.remove(self._setting)
 
 
 class _ThreadStack(threading.local):
     def __init__(self) -> None:
-        self.stack: list[Preference] = []
+        self.stack: list[_Setting] = []
 
 
 class _Default:
@@ -111,11 +128,11 @@ class _Default:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.process: Preference | None = None
-        self.environment = Preference(None)
+        self.process: _Setting | None = None
+        self.environment = _Setting(None)
         self.thread = _ThreadStack()
 
-    def current(self) -> Preference | None:
+    def current(self) -> _Setting | None:
         preference = self.thread.stack[-1] if self.thread.stack else self.process
         if preference is not None and preference.name is not None:
             return preference
@@ -123,7 +140,7 @@ class _Default:
         if not name:
             return None
         if name != self.environment.name:
-            self.environment = Preference(_check_name(name, ENVIRONMENT_VARIABLE))
+            self.environment = _Setting(_check_name(name, ENVIRONMENT_VARIABLE))
         return self.environment
 
 
@@ -144,7 +161,8 @@ def set_backend(name: str | None) -> Preference:
     if name is not None:
         _check_name(name, "set_backend: name")
     with _default.lock:
-        _default.process = preference = Preference(name, _default.process)
+        preference = Preference(_Setting(name), _default.process)
+        _default.process = preference._setting
     return preference
 
 

@@ -111,8 +111,11 @@ def task_ids(op: str, value: Any, x: Tensor, batch: int, num_tasks: int) -> None
             )
 
 
-def cu_seqlens(op: str, value: Any, x: Tensor, longest: int | None = None, longest_is: str = "") -> int:
-    """int32 ``[B + 1]``: from 0, never falling, to at most len(x); none above ``longest``. Returns B."""
+def cu_seqlens(op: str, value: Any, x: Tensor, longest: int | None = None, longest_is: str = "{}") -> int:
+    """int32 ``[B + 1]``: from 0, never falling, to at most len(x); none above ``longest``. Returns B.
+
+    ``longest_is`` holds ``{}`` where an error says how long the longest may be.
+    """
     if not isinstance(value, Tensor):
         fail(op, "cu_seqlens", type(value).__name__, "an int32 tensor [B + 1]", TypeError)
     if value.dtype != torch.int32:
@@ -132,7 +135,7 @@ def cu_seqlens(op: str, value: Any, x: Tensor, longest: int | None = None, longe
                     op,
                     "cu_seqlens",
                     f"sequence {b} of length {end - start}",
-                    f"of sequences up to {longest_is}",
+                    f"of sequences up to {longest_is.format(longest)}",
                 )
     return value.shape[0] - 1
 
@@ -193,7 +196,7 @@ def mask(op: str, value: Any, x: Tensor, batch_size: int, length: int) -> None:
         fail(op, "attention_mask", _names([value.dtype]), "bool, integer or floating", TypeError)
     shape(op, "attention_mask", value, (batch_size, length), "[B, S]")
     device(op, "attention_mask", value, x)
-    if value.is_floating_point() and value.numel() and readable(value) and float(value.min()) < 0:
+    if value.dtype != torch.bool and value.numel() and readable(value) and float(value.min()) < 0:
         fail(
             op,
             "attention_mask",

@@ -94,6 +94,9 @@ def conditional_attention(
     elif q.shape[-3] != 3:
         _checks.fail(_OP, "q", f"shape {list(q.shape)}", f"of shape {form} when k and v are None")
 
+    if min(q.shape[-2:]) < 1:
+        _checks.fail(_OP, "q", f"shape {list(q.shape)}", "of at least one head (H) and one feature (Dh)")
+
     T = L = None
     if (gamma is None) != (beta is None):
         _checks.fail(
@@ -130,12 +133,17 @@ def conditional_attention(
             _checks.fail(_OP, "max_seqlen", "None", "given when q is packed and table is None")
         if max_seqlen is not None and L is not None and max_seqlen > L:
             _checks.fail(_OP, "max_seqlen", str(max_seqlen), f"at most L = {L}, the table's rows")
-        longest, meaning = (
-            (L, f"L = {L}, the table's rows") if max_seqlen is None else (max_seqlen, f"{max_seqlen=}")
+        # formatted only where the check fails: a traced max_seqlen is a symbol, which cannot be
+        longest, form = (
+            (L, "L = {}, the table's rows") if max_seqlen is None else (max_seqlen, "max_seqlen={}")
         )
-        batch = _checks.cu_seqlens(_OP, cu_seqlens, q, longest, meaning)
+        batch = _checks.cu_seqlens(_OP, cu_seqlens, q, longest, form)
     else:
         batch, S = q.shape[:2]
+        if S < 1:
+            _checks.fail(_OP, "q", f"shape {list(q.shape)}", "of at least one position (S)")
+        if max_seqlen is not None and max_seqlen < S:
+            _checks.fail(_OP, "max_seqlen", str(max_seqlen), f"at least S = {S} in the padded form, or None")
         if L is not None and S > L:
             _checks.fail(_OP, "q", f"S = {S} positions", f"of S <= L = {L}, the table's rows")
         if attention_mask is not None:

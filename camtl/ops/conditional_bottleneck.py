@@ -46,8 +46,9 @@ def conditional_bottleneck(
         backend: "reference", "cpu", "triton" or "cuda" as an order; None: the preferred, or fastest, one.
 
     Returns:
-        y, shape and dtype of x. The two products multiply in x's dtype (autocast's where it is on) and
-        accumulate in float32 (float64 for float64); the rest is float32.
+        y, shape and dtype of x. FiLM and the sum with the residual compute in float32 (float64 for float64).
+        The two products, as an ordinary linear layer's, multiply in x's dtype (autocast's where it is on) and
+        accumulate in float32: their inputs, the neck (activated or not) and their results are rounded to it.
 
     Raises:
         TypeError: an argument of another type or dtype.

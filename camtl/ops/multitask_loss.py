@@ -68,12 +68,8 @@ def multitask_loss(
     if loss_types is None:
         kinds = tuple("mse" if size == 1 else "ce" for size in sizes)
     else:
-        kinds = tuple(loss_types)
-        if (
-            isinstance(loss_types, str)
-            or len(kinds) != len(sizes)
-            or any(kind not in _KINDS for kind in kinds)
-        ):
+        kinds = tuple(loss_types) if isinstance(loss_types, (list, tuple)) else ()
+        if len(kinds) != len(sizes) or any(kind not in _KINDS for kind in kinds):
             _checks.fail(_OP, "loss_types", repr(loss_types), f"T = {len(sizes)} of ce, mse, bce")
         for t, (kind, size) in enumerate(zip(kinds, sizes, strict=True)):
             if kind == "mse" and size != 1:
@@ -110,13 +106,37 @@ def _check_labels(
     if _checks.readable(labels) and _checks.readable(task_ids):
         first = (labels if labels.dim() == 1 else labels[:, 0]).to(torch.float64)
         classes = torch.tensor(
-            [size if kind == "ce" else 0 for kind, size in zip(kinds, sizes, strict=True)]
+            [size if kind == "ce" else 0 for kind, size in zip(kinds, sizes, strict=True)],
+            device=labels.device,
         )[task_ids]
         wrong = (classes > 0) & ~((first >= 0) & (first < classes) & (first == first.floor()))
         if bool(wrong.any()):
             b = int(wrong.to(torch.int8).argmax())
             t, value = int(task_ids[b]), float(first[b])
             _checks.fail(_OP, "labels", f"{value:g} at {b} (task {t})", f"a class number in [0, {sizes[t]})")
+        _check_values(labels, first, sizes, kinds, task_ids)
+
+
+def _check_values(
+    labels: Tensor, first: Tensor, sizes: tuple[int, ...], kinds: tuple[str, ...], task_ids: Tensor
+) -> None:
+    """Finite targets for mse, targets in [0, 1] for bce; ``first`` is the first column of the labels."""
+    mse = torch.tensor([kind == "mse" for kind in kinds], device=labels.device)[task_ids]
+    wrong = mse & ~first.isfinite()
+    if bool(wrong.any()):
+        b = int(wrong.to(torch.int8).argmax())
+        _checks.fail(_OP, "labels", f"{float(first[b])} at {b} (task {int(task_ids[b])})", "finite for mse")
+    if "bce" in kinds:
+        own = torch.tensor(
+            [size if kind == "bce" else 0 for kind, size in zip(kinds, sizes, strict=True)],
+            device=labels.device,
+        )[task_ids]
+        mine = torch.arange(labels.shape[1], device=labels.device) < own[:, None]
+        outside = mine & ~((labels >= 0) & (labels <= 1))
+        if bool(outside.any()):
+            b, c = (int(i) for i in outside.nonzero()[0])
+            given = f"{float(labels[b, c]):g} at [{b}, {c}] (task {int(task_ids[b])})"
+            _checks.fail(_OP, "labels", given, "in [0, 1] for bce")
 
 
 register(_OP, "reference", reference.multitask_loss)

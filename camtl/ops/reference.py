@@ -6,8 +6,9 @@ one task per sequence.
 
 Rules that hold for all of them:
 
-* arithmetic is float32 (float64 for float64 input), the output has x's dtype, each gradient its input's
-  dtype; matrix products multiply in x's dtype (they accumulate in float32);
+* arithmetic, the products of attention scores and heads included, is float32 (float64 for float64 input);
+  the output has x's dtype, each gradient its input's dtype. The bottleneck's two products and that of the
+  attention probabilities with v multiply in x's dtype and accumulate in float32, as other layers' do;
 * packed rows from ``cu_seqlens[B]`` on belong to no sequence: they are replaced by zeros before the
   arithmetic and after it, so that output and gradient are 0 there whatever they hold;
 * no loop over tasks or sequences, no value read by the host: everything traces, and can be captured in a CUDA
@@ -39,15 +40,20 @@ def _autocast_is_on(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Products keep the dtype the op chose for them, also under autocast."""
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Products keep the dtype the op chose for them, also under autocast; nothing where that is off, or
+    unknown to the device (meta).
+    """
     if _autocast_is_on(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
-def _sequence_of_row(cu_seqlens: Tensor, N: int) -> Tensor:
-    """[N]: the sequence of each packed row; B for the rows that belong to none. Empty ones own no row."""
+def sequence_of_row(cu_seqlens: Tensor, N: int) -> Tensor:
+    """[N]: the sequence of each packed row; B for the rows that belong to none. Empty ones own no row.
+
+    ``cu_seqlens`` [B + 1] int32; the result is int64.
+    """
     rows = torch.arange(N, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
 
@@ -64,7 +70,7 @@ def _rows(table: Tensor, task_ids: Tensor, x: Tensor, cu_seqlens: Tensor | None)
     """``table[t(b)]`` for every row of x, shaped to broadcast with x: [B, 1, D], or [N, D] for 2-D x."""
     if cu_seqlens is not None:
         task_of = torch.cat([task_ids, task_ids.new_zeros(1)])  # one more entry for the rows of no sequence
-        task_ids = task_of[_sequence_of_row(cu_seqlens, x.shape[0])]
+        task_ids = task_of[sequence_of_row(cu_seqlens, x.shape[0])]
     rows = F.embedding(task_ids, table)
     return rows if x.dim() == 2 else rows[:, None]
 
@@ -130,8 +136,8 @@ def _attention_bias(
         )
     else:  # table [T, L, w]
         M = F.embedding(task_ids, table[:, :S].flatten(1)).unflatten(1, (S, w))
-    blocks = (S + w - 1) // w
-    repeated = M[:, :, None].expand(-1, -1, blocks, -1).flatten(2)[:, :, :S]  # [b, i, j] = M[b, i, j mod w]
+    # [b, i, j] = M[b, i, j mod w]; the number of copies follows from L, so one graph serves every S
+    repeated = torch.cat([M] * ((table.shape[-2] + w - 1) // w), -1)[:, :, :S]
     block = torch.arange(S, device=table.device) // w
     return torch.where(block[:, None] == block, repeated, 0.0)[:, None]
 
@@ -192,9 +198,9 @@ def conditional_attention(
         bias = torch.where(hidden, -math.inf, zero if bias is None else bias)
 
     factor = 1 / math.sqrt(Dh) if scale is None else scale
-    with _without_autocast(q.device):
-        scores = Q @ K.transpose(-1, -2)
-        scores = scores.to(acc) * factor if bias is None else torch.add(bias, scores, alpha=factor)
+    with without_autocast(q.device):
+        scores = Q.to(acc) @ K.to(acc).transpose(-1, -2)
+        scores = scores * factor if bias is None else torch.add(bias, scores, alpha=factor)
         P = dropout(torch.softmax(scores, -1), dropout_p, dropout_seed)
         out = (P.to(dtype) @ V).transpose(1, 2)  # [B, S, H, Dh]
     if some is not None:
@@ -284,7 +290,7 @@ def multitask_loss(
     kinds = (
         tuple(loss_types) if loss_types is not None else tuple("mse" if c == 1 else "ce" for c in head_sizes)
     )
-    with _without_autocast(device):
+    with without_autocast(device):
         every = F.linear(features.to(acc), head_weight.to(acc), head_bias.to(acc))  # [B, C_total]
 
     sizes = _host_ints(head_sizes, device)

@@ -65,6 +65,8 @@ def test_wrong_switch_names_field_value_and_choices(name):
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
         ({"hidden_act": "sinus"}, ["hidden_act", "'sinus'", "gelu"]),
         ({"hidden_dropout_prob": 1.0}, ["hidden_dropout_prob", "1.0"]),
+        ({"layer_norm_eps": 0.0}, ["layer_norm_eps", "0.0", "above 0"]),
+        ({"layer_norm_eps": float("nan")}, ["layer_norm_eps", "nan"]),
         ({"packed": "yes"}, ["packed", "'yes'", "auto"]),
         ({"family": "gpt2"}, ["family", "'gpt2'", "bert"]),
         (
@@ -78,6 +80,15 @@ def test_wrong_switch_names_field_value_and_choices(name):
         ({"tasks": [{"name": "a", "num_labels": 2, "labels": ["x"]}]}, ["'a'", "2", "1 labels"]),
         ({"tasks": [{"name": "a", "num_labels": 2, "loss": "hinge"}]}, ["'a'", "hinge", "bce"]),
         ({"tasks": [{"name": "a", "num_labels": 1, "label_std": 0.0}]}, ["'a'", "label_std"]),
+        ({"tasks": [{"name": "a", "num_labels": 2, "label_mean": 1.0}]}, ["'a'", "label_mean", "loss is ce"]),
+        ({"tasks": [{"name": "a", "num_labels": 3, "loss": "bce", "label_std": 1.0}]}, ["'a'", "label_std"]),
+        ({"tasks": [{"name": "a", "num_labels": 2, "loss": "mse"}]}, ["'a'", "num_labels is 2", "mse"]),
+        ({"tasks": [{"name": "a", "num_labels": 1, "label_mean": "1"}]}, ["'a'", "label_mean", "'1'"]),
+        ({"tasks": [{"name": "a", "num_labels": 1, "label_mean": float("nan")}]}, ["label_mean", "nan"]),
+        ({"tasks": [{"name": "a", "num_labels": 1, "label_std": float("inf")}]}, ["label_std", "inf"]),
+        ({"tasks": [{"name": "a", "num_labels": 2, "labels": "ny"}]}, ["'a'", "labels", "'ny'"]),
+        ({"tasks": [{"name": "a", "num_labels": 2, "labels": ["n", float("nan")]}]}, ["labels", "nan"]),
+        ({"tasks": 5}, ["tasks", "5"]),
         ({"tasks": [{"name": "a", "num_labels": 2}, {"name": "a", "num_labels": 3}]}, ["'a'", "2 times"]),
     ],
 )
@@ -161,3 +172,24 @@ def test_json_round_trip_keeps_task_order_and_explicit_switches(tmp_path):
     assert (changed.bottleneck, changed.max_seq_length) == ("none", 64)
     with pytest.raises(UsageError, match="bottleneck"):
         CaMtlConfig.from_pretrained(tmp_path, bottleneck="middle")
+
+
+def test_another_preset_brings_its_own_switches(tmp_path):
+    CaMtlConfig(preset="ca-mtl-base", freeze="half", alignment="none").save_pretrained(tmp_path)
+    same = CaMtlConfig.from_pretrained(tmp_path, preset="ca-mtl-base")
+    assert (same.freeze, same.alignment) == ("half", "none")
+    other = CaMtlConfig.from_pretrained(tmp_path, preset="ca-mtl-large", alignment="matrix")
+    want = {**PRESETS["ca-mtl-large"], "alignment": "matrix"}
+    assert other.preset == "ca-mtl-large"
+    assert {name: getattr(other, name) for name in SWITCHES} == want
+
+
+@pytest.mark.parametrize("field", ["hidden_dropout_prob", "num_attention_heads", "hidden_act", "block_width"])
+def test_overrides_are_checked(tmp_path, field):
+    CaMtlConfig().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=field):
+        CaMtlConfig.from_pretrained(tmp_path, **{field: 7.0})
+    config, rest = CaMtlConfig.from_pretrained(
+        tmp_path, hidden_dropout_prob=0.5, nothing=1, return_unused_kwargs=True
+    )
+    assert (config.hidden_dropout_prob, rest) == (0.5, {"nothing": 1})

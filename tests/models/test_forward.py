@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from camtl import ops
-from camtl.models import CaMtlOutput
+from camtl.models import CaMtlOutput, packing
 
 PRESETS = ["ca-mtl", "ca-mtl-base", "ca-mtl-large"]
 
@@ -79,8 +79,56 @@ def test_packing_inside(make_model, make_batch, switches):
     for one, other in zip(packed.hidden_states, padded.hidden_states, strict=True):
         torch.testing.assert_close(one[mask], other[mask])
         assert not one[~mask].any()
-    with pytest.raises(ValueError, match="right-padded"):
-        model(**make_batch(holes=True))
+    batch = make_batch(holes=True)
+    mask = batch["attention_mask"].bool()
+    if "attention_bias" in switches:  # no table: the positions come along, so holes do not matter
+        packed = model(**batch, output_hidden_states=True)
+        model.config.packed = "auto"
+        padded = model(**batch, output_hidden_states=True)
+        torch.testing.assert_close(packed.loss, padded.loss)
+        torch.testing.assert_close(packed.hidden_states[-1][mask], padded.hidden_states[-1][mask])
+        model.config.packed = True
+    else:
+        with pytest.raises(ValueError, match="right-padded"):
+            model(**batch)
+    batch["attention_mask"][3] = 0
+    with pytest.raises(ValueError, match="real token in every row, but 1 of 5"):
+        model(**batch)
+
+
+def test_packing_reads_the_host_once(make_batch):
+    reads = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"):
+                reads.append(name)
+            return func(*args, **(kwargs or {}))
+
+    batch = make_batch(holes=True)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    stacked = []
+    with Reads(), pytest.MonkeyPatch.context() as patch:
+        tolist = torch.Tensor.tolist
+        patch.setattr(torch.Tensor, "tolist", lambda t: stacked.append(t.shape) or tolist(t))
+        packed = packing.pack(ids, mask, None, uses_table=False)
+    assert len(stacked) + len(reads) == 1
+    assert torch.equal(packed.source, ids[mask.bool()])
+    assert torch.equal(packed.positions, torch.arange(9).expand(5, 9)[mask.bool()])
+
+
+def test_an_empty_packed_sequence_has_no_first_token(make_model, make_batch):
+    model = make_model()
+    batch = make_batch(lengths=(4, 6), tasks=(0, 2))
+    packed = _pack(batch)
+    ends = packed["cu_seqlens"]
+    wide = {**packed, "cu_seqlens": torch.cat([ends[:2], ends[1:], ends[-1:]])}
+    wide |= {"task_ids": torch.tensor([0, 1, 2, 1]), "labels": torch.zeros(4)}
+    pooled = model(**wide).pooled_output
+    torch.testing.assert_close(pooled[[0, 2]], model(**packed).pooled_output)
+    nothing = torch.tanh(model.bert.pooler.dense.bias)
+    torch.testing.assert_close(pooled[[1, 3]], nothing.expand(2, -1))
 
 
 def test_padding_and_holes(make_model, make_batch):
@@ -150,6 +198,10 @@ def test_bad_input(make_model, make_batch):
         model(batch["input_ids"][0], task_ids=batch["task_ids"])
     with pytest.raises(ValueError, match="attention_mask must be"):
         model(batch["input_ids"], batch["attention_mask"][:, 1:], task_ids=batch["task_ids"])
+    with pytest.raises(ValueError, match=r"token_type_ids must be \(5, 9\)"):
+        model(batch["input_ids"], token_type_ids=batch["input_ids"][:1], task_ids=batch["task_ids"])
+    with pytest.raises(ValueError, match="1 or more positions"):
+        model(batch["input_ids"][:, :0], task_ids=batch["task_ids"])
     with pytest.raises(ValueError, match="attention_mask has no place"):
         model(**_pack(batch), attention_mask=batch["attention_mask"])
     with pytest.raises(ValueError, match="packed input"):
@@ -278,9 +330,16 @@ def test_standardised_labels(make_model, make_batch):
     assert scaled.label_scale("s") == (2.5, 0.5)
     assert scaled.label_scale("a") == (0.0, 1.0)
     half = scaled.to(torch.bfloat16)
-    assert half.label_std.dtype == torch.float32
+    assert half.label_std.dtype == torch.float64
     assert half.label_std.tolist() == [1.0, 0.5, 1.0]
     assert "label_std" not in half.state_dict()
+    tasks[1] |= {"label_mean": 0.1, "label_std": 0.3}
+    double = make_model(tasks=tasks).double()
+    labels = torch.tensor([0.7], dtype=torch.float64)
+    ids = torch.tensor([1])
+    out = double(batch["input_ids"][:1], task_ids=ids, labels=labels)
+    want = (out.logits[0, 0] - (labels[0] - 0.1) / 0.3).square()
+    torch.testing.assert_close(out.loss, want, rtol=1e-13, atol=0)
 
 
 def test_multi_label(make_model, make_batch):
@@ -311,11 +370,3 @@ def test_dropout_is_on_in_training_only(make_model, make_batch):
     assert not torch.equal(first, model(**batch).logits)
     torch.manual_seed(1)
     assert torch.equal(first, model(**batch).logits)
-
-
-def test_backend_preference_reaches_the_ops(make_model, make_batch):
-    model = make_model()
-    batch = make_batch()
-    with ops.set_backend("reference"):
-        inside = model(**batch).logits
-    assert torch.equal(inside, model(**batch).logits)

@@ -58,6 +58,21 @@ def test_no_weight_decay(make_model):
     assert no_weight_decay("bert.encoder.layer.3.output.LayerNorm.ln_weight_modulation.gb_weights.bias")
     assert not no_weight_decay("bert.encoder.layer.3.output.LayerNorm.ln_weight_modulation.gb_weights.weight")
     assert not no_weight_decay("bert.encoder.layer.3.adapter.condlayernorm.weight")
+    assert not no_weight_decay("bert.encoder.layer.3.output.LayerNorm.ln_bias_modulation.weight")
+    assert no_weight_decay("bert.encoder.layer.3.output.LayerNorm.ln_bias_modulation.bias")
+
+
+def test_freezing_can_be_undone(make_model):
+    model = make_model(freeze="half")
+    model.heads.bias.requires_grad_(False)
+    assert len(model.freeze_report()["frozen"]) > 1
+    model.config.freeze = "0-0"
+    model.apply_freezing()
+    assert not model.bert.encoder.layer[0].output.dense.weight.requires_grad
+    assert model.bert.encoder.layer[1].output.dense.weight.requires_grad
+    model.config.freeze = None
+    model.apply_freezing()
+    assert model.freeze_report()["frozen"] == ["heads.bias"]  # by hand
 
 
 def test_the_trainer_must_not_rescale_the_loss(make_model):

@@ -22,6 +22,11 @@ from camtl.nn import FiLMLinear, UpProjection
 TASKS = [{"name": "b", "num_labels": 2}, {"name": "a", "num_labels": 3}]
 
 
+class OtherTask:
+    def to_config(self):
+        return {"name": "a", "num_labels": 4}
+
+
 def _load(folder, **switches) -> CaMtlForMultiTask:
     return CaMtlForMultiTask.from_pretrained(folder, **{"tasks": TASKS, "max_seq_length": 16, **switches})
 
@@ -182,6 +187,47 @@ def test_a_model_folder_is_not_overruled(make_model, tmp_path, arguments, messag
         CaMtlForMultiTask.from_pretrained(tmp_path, **arguments)
     free = CaMtlForMultiTask.from_pretrained(tmp_path, freeze="half", packed=True, hidden_dropout_prob=0.0)
     assert free.freeze_report()["layers"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([{"name": "b", "num_labels": 5}, "a"], r"'b' has num_labels=2, but 5"),
+        ([{"name": "b", "loss": "bce"}, "a"], r"'b' has loss='ce', but 'bce'"),
+        ([{"name": "b", "labels": ["y", "n"]}, "a"], r"'b' has labels=\['n', 'y'\]"),
+        (["b", OtherTask()], r"'a' has num_labels=3, but 4"),
+        ({"b": 2}, "ordered list"),
+        ([3], "3 is not accepted"),
+    ],
+)
+def test_tasks_that_contradict_a_model_folder(make_model, tmp_path, tasks, message):
+    stored = [{**TASKS[0], "labels": ["n", "y"]}, TASKS[1]]
+    make_model(tasks=stored).save_pretrained(tmp_path)
+    CaMtlForMultiTask.from_pretrained(tmp_path, tasks=[{**stored[0], "loss": "ce"}, "a"])
+    with pytest.raises(UsageError, match=message):
+        CaMtlForMultiTask.from_pretrained(tmp_path, tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    "beside", [{"tasks": TASKS}, {"preset": "ca-mtl"}, {"max_seq_length": 8}, {"freeze": "half"}]
+)
+def test_a_config_comes_alone(make_model, make_config, tmp_path, beside):
+    make_model(tasks=TASKS).save_pretrained(tmp_path)
+    config = make_config(tasks=TASKS)
+    CaMtlForMultiTask.from_pretrained(tmp_path, config=config)
+    with pytest.raises(UsageError, match=f"config: given together with {next(iter(beside))}"):
+        CaMtlForMultiTask.from_pretrained(tmp_path, config=config, **beside)
+    with pytest.raises(UsageError, match="GPT2Config was given; accepted: a CaMtlConfig"):
+        CaMtlForMultiTask.from_pretrained(tmp_path, config=GPT2Config())
+
+
+def test_saving_knows_its_keywords(make_model, tmp_path):
+    model = make_model(tasks=TASKS)
+    with pytest.raises(UsageError, match="adapter_only: no such keyword"):
+        model.save_pretrained(tmp_path / "a", adapter_only=True)
+    assert not (tmp_path / "a").exists()
+    model.save_pretrained(tmp_path / "b", is_main_process=True, max_shard_size="1GB")
+    assert (tmp_path / "b" / "model.safetensors").is_file()
 
 
 def test_not_bert(tmp_path):

@@ -110,3 +110,21 @@ def test_tokenizer_is_found_beside_the_model(model, tokenizer, tmp_path):
         back.predict("the cat", task="mid")
     tokenizer.save_pretrained(folder)
     assert back.predict(TEXTS, task="mid") == model.predict(TEXTS, task="mid")
+
+
+def test_predicting_keeps_the_tables_and_every_mode(model, monkeypatch):
+    builds = []
+    build = type(model.bert.hypernetwork)._tables
+    monkeypatch.setattr(
+        type(model.bert.hypernetwork), "_tables", lambda *a, **k: builds.append(1) or build(*a, **k)
+    )
+    for _ in range(3):
+        model.predict("the cat", task="mid")
+    with torch.inference_mode():
+        model.predict("the cat", task="mid")
+    assert len(builds) == 1
+    model.train()
+    model.bert.embeddings.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.predict("the cat", task="mid")
+    assert {name: module.training for name, module in model.named_modules()} == modes

@@ -94,3 +94,18 @@ def test_only_released_structures_can_be_written(make_model):
         make_model(preset="ca-mtl").to_reference()
     with pytest.raises(UsageError, match="alignment=matrix"):
         make_model(preset="ca-mtl-base", alignment="matrix").to_reference()
+
+
+def test_what_is_done_to_the_written_state_does_not_reach_the_model(make_model):
+    model = make_model(preset="ca-mtl-base")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for tensor in model.to_reference().values():
+        tensor.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_task_names_in_one_string_and_the_old_buffer_of_positions(make_model):
+    state = make_model(preset="ca-mtl-base").to_reference()
+    state["bert.embeddings.position_ids"] = torch.arange(24)[None]
+    model = CaMtlForMultiTask.from_reference(state, config=HEADS, tasks="zeta, alpha,mid")
+    assert model.config.tasks == NAMES

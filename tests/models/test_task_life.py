@@ -107,3 +107,13 @@ def test_frozen_rows_stay_frozen(make_model):
     model.add_task({"name": "new", "num_labels": 2})
     assert not model.bert.task_type_embeddings.weight.requires_grad
     assert model.heads.weight.requires_grad
+
+
+def test_models_of_one_config_have_task_lists_of_their_own(make_config):
+    config = make_config()
+    one, other = CaMtlForMultiTask(config), CaMtlForMultiTask(config)
+    one.add_task({"name": "new", "num_labels": 2})
+    one.config.task_info[1]["label_mean"] = 3.0
+    assert one.bert.config is one.config
+    assert other.config.tasks == config.tasks == ["zeta", "alpha", "mid"]
+    assert other.config.task_info[1]["label_mean"] is None

@@ -185,11 +185,34 @@ def test_nothing_is_kept_while_gradients_flow():
     with torch.no_grad():
         _run(parts)
     assert parts["net"]._cache is None
-    parts.eval()
-    with torch.inference_mode():
-        _run(parts)
-    assert parts["net"]._cache is None
     assert _run(parts)["a"].requires_grad
+
+
+def test_tables_kept_in_inference_mode_may_meet_autograd_later():
+    parts = _parts()
+    with torch.inference_mode():
+        first = _run(parts)
+        assert _run(parts) is first
+    tables, kept = _cached(parts)
+    assert kept
+    x = torch.ones(T, 4, requires_grad=True)
+    (x * tables["a"]).sum().backward()
+    assert torch.equal(x.grad, tables["a"])
+
+
+def test_leaving_training_mode_again_keeps_the_tables():
+    parts = _parts()
+    _cached(parts)
+    parts.eval()
+    assert _cached(parts)[1]
+    parts["net"].train()
+    assert parts["net"]._cache is None
+
+
+def test_tables_on_the_meta_device():
+    parts = _parts().to("meta")
+    with torch.no_grad():
+        assert _run(parts)["a"].shape == (T, 4)
 
 
 def test_unchanged_parameters_under_data_writes_need_clear_cache():

@@ -110,6 +110,26 @@ def test_film():
     torch.testing.assert_close(module(rows, z, IDS, cu_seqlens=CU), want)
     with pytest.raises(ValueError, match="condition z"):
         module(x)
+    with pytest.raises(ValueError, match="gamma and beta together, or neither; only beta"):
+        module(x, z, IDS, beta=beta)
+
+
+def test_no_index_gradient_reaches_the_tables():
+    """The gradient of index_select on a GPU adds in any order; tables are fetched in ways that do not."""
+    alignment = _random(ConditionalAlignment(C, D, kind="matrix"))
+    attention = _random(ConditionalSelfAttention(D, 3, 8, 3, condition_size=C, film="entry"))
+    x, z = _data(B, S, D), _data(T, C).requires_grad_()
+    rows, cu = x.flatten(0, 1), torch.arange(B + 1, dtype=torch.int32) * S
+    outputs = [alignment(x, z, IDS), alignment(rows, z, IDS, cu_seqlens=cu), attention(x, z, IDS)[0]]
+    names, seen, waiting = set(), set(), [y.grad_fn for y in outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add(node.name())
+            waiting += [parent for parent, _ in node.next_functions]
+    assert "EmbeddingBackward0" in names
+    assert not {name for name in names if name.startswith("Index")}
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -150,6 +170,18 @@ def test_plain_layer_norm():
     assert not torch.allclose(dropped, module(x))
     lower = module.to(torch.float32)(x.to(torch.bfloat16), residual=r.float())  # as under autocast
     assert lower.dtype == torch.bfloat16
+    exact = module(x.to(torch.bfloat16).float(), residual=r.float())
+    assert torch.equal(lower, exact.to(torch.bfloat16))  # the residual is not rounded
+
+
+def test_plain_layer_norm_of_packed_rows():
+    module = _random(FusedLayerNorm(D))
+    rows, tail = _data(9, D).requires_grad_(), torch.full((3, D), float("nan"), dtype=torch.float64)
+    packed = module(torch.cat([rows, tail]), cu_seqlens=CU)
+    torch.testing.assert_close(packed[:9], module(rows))
+    assert not packed[9:].any()
+    packed.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in (rows, *module.parameters()))
 
 
 def _attention_by_hand(module, x, z, ids, mask=None):
@@ -198,6 +230,11 @@ def test_self_attention_refuses_nonsense():
         ConditionalSelfAttention(D, 3, 8, 9)
     with pytest.raises(ValueError, match="film"):
         ConditionalSelfAttention(D, 3, 8, 2, film="rows")
+    with pytest.raises(ValueError, match="num_heads must be 1 or more"):
+        ConditionalSelfAttention(D, 0, 8, 2)
+    for p in (3.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\)"):
+            ConditionalSelfAttention(D, 3, 8, 2, dropout_p=p)
     module = ConditionalSelfAttention(D, 3, 8, 2)
     with pytest.raises(ValueError, match="condition z"):
         module(torch.zeros(1, 4, D))
@@ -244,6 +281,12 @@ def test_alignment(kind):
         ConditionalAlignment(C, D, kind="rows")
     with pytest.raises(ValueError, match="condition z"):
         module(x)
+    with pytest.raises(ValueError, match="gamma and beta together"):
+        module(x, z, IDS, gamma=gamma)
+    module, cu = module.float(), torch.arange(B + 1, dtype=torch.int32) * S
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x.float(), z.float(), IDS).dtype == torch.float32
+        assert module(rows.float(), z.float(), IDS, cu_seqlens=cu).dtype == torch.float32
 
 
 def test_stacked_heads():

@@ -315,6 +315,74 @@ def test_compile_packed_qkv(h):
     h.compiled_matches_eager(call, [torch.randn(6, 3, 2, 4), *tables])
 
 
+def test_compile_with_several_max_seqlen(h):
+    """From its second value on ``max_seqlen`` is a symbol, which nothing may format."""
+    _, tables, _ = inputs(h, 3, 5, 2, 4, 3, 8, 3, dtype=torch.float32)
+    tasks, starts, qkv = torch.tensor([0, 2, 2]), h.cu(2, 0, 3), torch.randn(6, 3, 2, 4)
+
+    def call(max_seqlen):
+        return ops.conditional_attention(
+            qkv, None, None, *tables, tasks, cu_seqlens=starts, max_seqlen=max_seqlen
+        )
+
+    torch._dynamo.reset()
+    graph = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for max_seqlen in (3, 5, 7):
+        torch.testing.assert_close(graph(max_seqlen), call(max_seqlen))
+
+
+def plain(q, k, v):
+    return ops.conditional_attention(q, k, v, None, None, None, None)
+
+
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v))).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_sixteen_bit_is_as_good_as_torchs_own(h, dtype, spread):
+    """Output within twice, gradients within three times the error of torch's attention in the same dtype."""
+    qkv = [(spread * torch.randn(4, 48, 4, 64, dtype=torch.float64)).to(dtype) for _ in range(3)]
+
+    def results(fn, inputs):
+        out, grads = h.gradients(fn, inputs)
+        return [a.double() for a in (out, *grads)]
+
+    truth = results(sdpa, [a.double() for a in qkv])
+    ours, theirs = results(plain, qkv), results(sdpa, qkv)
+    for n, (got, other, true) in enumerate(zip(ours, theirs, truth, strict=True)):
+        assert (got - true).square().mean() <= ((3 if n else 2) ** 2) * (other - true).square().mean()
+
+
+def test_large_entries_in_float16_stay_finite():
+    q = torch.full((1, 3, 1, 64), 40.0, dtype=torch.float16).requires_grad_()  # a score of 102400
+    out = plain(q, q, q)
+    assert torch.equal(out, q)
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        ((2, 5, 2, 4), {"max_seqlen": 4}, "max_seqlen must be at least S = 5"),
+        ((2, 5, 2, 0), {}, r"q must be of at least one head \(H\) and one feature"),
+        ((2, 5, 0, 4), {}, r"q must be of at least one head"),
+        ((2, 0, 2, 4), {}, r"q must be of at least one position"),
+        (
+            (1, 2, 1, 2),
+            {"attention_mask": torch.tensor([[0, -10000]])},
+            "attention_mask.*not an additive mask",
+        ),
+    ],
+)
+def test_degenerate_calls_are_refused(size, options, message):
+    q = torch.zeros(size)
+    with pytest.raises(ValueError, match=message):
+        ops.conditional_attention(q, q, q, None, None, None, None, **options)
+
+
 @pytest.mark.slow
 def test_inductor(h):
     qkv, tables, tasks = inputs(h, 2, 5, 2, 4, 3, 8, 3, dtype=torch.float32)

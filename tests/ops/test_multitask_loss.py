@@ -176,3 +176,33 @@ def test_compile(h):
 )
 def test_host_ints_ride_in_scalars(values):
     assert _ints_from_scalars(values, torch.device("cpu")).tolist() == values
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (1, 1.5, r"labels must be in \[0, 1\] for bce; got 1.5 at \[0, 1\] \(task 0\)"),
+        (1, math.nan, r"in \[0, 1\] for bce; got nan"),
+        (1, -0.5, r"in \[0, 1\] for bce"),
+        (None, math.nan, r"labels must be finite for mse; got nan at 1 \(task 1\)"),
+        (None, math.inf, "finite for mse; got inf"),
+    ],
+)
+def test_label_values(column, value, message):
+    features, weight, bias = torch.randn(2, 3), torch.randn(3, 3), torch.zeros(3)
+    labels = torch.tensor([[0.0, 1.0], [-7.0, math.nan]])  # beyond a task's own columns anything goes
+    call = (features, weight, bias, [2, 1], torch.tensor([0, 1]))
+    ops.multitask_loss(*call, labels, loss_types=["bce", "mse"])
+    if column is None:
+        labels[1, 0] = value
+    else:
+        labels[0, column] = value
+    with pytest.raises(ValueError, match=message):
+        ops.multitask_loss(*call, labels, loss_types=["bce", "mse"])
+
+
+def test_loss_types_must_be_a_sequence():
+    call = (torch.zeros(1, 3), torch.zeros(2, 3), torch.zeros(2), [2], torch.tensor([0]))
+    for given in (3, "ce"):
+        with pytest.raises(ValueError, match="loss_types must be T = 1 of ce, mse, bce"):
+            ops.multitask_loss(*call, loss_types=given)
