@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,22 @@ def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> Path:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Write ``value`` as indented UTF-8 JSON, keys in insertion order (task order carries meaning)."""
-    return atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write ``value`` as indented UTF-8 JSON, keys in insertion order (task order carries meaning).
+
+    NaN and infinities, which JSON does not have, become null.
+    """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return atomic_write(path, text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

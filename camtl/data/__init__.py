@@ -23,6 +23,7 @@ _LAZY = {
     "prepare_rows": "camtl.data.loading",
     "read_table": "camtl.data.files",
     "reference_epoch_batches": "camtl.data.samplers",
+    "subset": "camtl.data.subsets",
     "tokenize": "camtl.data.tokenizing",
 }
 
@@ -40,6 +41,7 @@ __all__ = [
     "prepare_rows",
     "read_table",
     "reference_epoch_batches",
+    "subset",
     "tokenize",
 ]
 
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
         make_sampler,
         reference_epoch_batches,
     )
+    from camtl.data.subsets import subset
     from camtl.data.tokenizing import is_tokenised, tokenize
 
 

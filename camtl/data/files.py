@@ -17,6 +17,8 @@ from camtl.errors import UsageError
 
 #: Endings that can be read, each also with ``.gz``, in the order in which a folder is searched.
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+#: Characters of one field; the csv module's own limit of 131,072 is less than some texts have.
+_LONGEST_FIELD = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ def file_kind(path: str | os.PathLike[str]) -> str:
 
 
 def read_table(path: str | os.PathLike[str]) -> Table:
-    """Read a JSON Lines, JSON, CSV, TSV or Parquet file, gzipped or not, UTF-8 with or without a byte-order
-    mark.
+    """Read a JSON Lines, JSON, CSV, TSV or Parquet file, gzipped or not, UTF-8 with or without its mark.
 
     Every problem is a :class:`UsageError` with file and line: no such file, not UTF-8, a broken line, a row
     with more or fewer fields than the header, no rows at all. A key that some JSON rows lack is None there.
@@ -174,6 +175,7 @@ def _read_separated(path: str | os.PathLike[str], separator: str) -> Table:
 
 def _quoted(text: str, separator: str, path: str | os.PathLike[str]) -> Iterator[tuple[int, list[str]]]:
     """Records with the line each begins on (a quoted text may go over several lines)."""
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     begins = 1
     while True:
@@ -189,8 +191,7 @@ def _quoted(text: str, separator: str, path: str | os.PathLike[str]) -> Iterator
 
 
 def _plain_tsv(text: str) -> list[tuple[int, list[str]]] | None:
-    """The records of a TSV in which quote marks mean nothing special, as in GLUE's files; None if it is not
-    one.
+    """The records of a TSV in which quote marks mean nothing special, as in GLUE's; None if it is not one.
 
     If every line has as many fields as the first, tabs alone separate. A field wholly in quotes with all
     inner quotes doubled is still unquoted (spreadsheet style).

@@ -70,8 +70,8 @@ def load_from_hub(
             reason = "the hub cannot be reached and the data are not in the local cache"
         raise UsageError(
             f"task {task.name!r}: cannot load {name} from the hub: {reason}. Give local files with "
-            "--data_dir DIR, "
-            f"where DIR/{task.name}/ holds train.jsonl, validation.jsonl (or .csv, .tsv, .parquet)"
+            f"--data_dir DIR, where DIR/{task.name}/ holds train.jsonl, validation.jsonl "
+            "(or .csv, .tsv, .parquet)"
         ) from None
     found = {}
     for split in splits:

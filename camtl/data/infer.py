@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ from typing import Any
 from camtl.data.files import SUFFIXES, Table, read_table
 from camtl.errors import UsageError
 from camtl.tasks import Task
+from camtl.tasks.types.base import is_missing
 
 logger = logging.getLogger(__name__)
 
 #: More different labels than this are taken for a mistake (an id column, free text, scores).
 MAX_CLASSES = 100
 _LABEL_NAMES = ("label", "labels", "target", "class", "category", "score", "sentiment", "stars")
+_WHOLE = re.compile(r"-?\d+\.0*")
 _ID_NAMES = ("id", "idx", "index", "guid", "uid", "row", "unnamed: 0")
 
 
@@ -56,8 +59,7 @@ def infer_task(
         if missing:
             raise UsageError(
                 f"{table.path}: has no column {' and no column '.join(map(repr, missing))}; the columns "
-                "there are: "
-                f"{', '.join(table.columns)}. Set --text_column and --label_column"
+                f"there are: {', '.join(table.columns)}. Set --text_column and --label_column"
             )
     name = name if name is not None else _stem(first.path)
     values = [(table, row) for table in tables for row in range(len(table))]
@@ -135,28 +137,35 @@ def _is_text(values: Sequence[Any]) -> bool:
 
 
 def _class_names(tables: Sequence[Table], column: str, name: str) -> list[str]:
-    seen: set[str] = set()
+    seen: dict[str, str] = {}  # and where each was first seen
     for table in tables:
         for row, value in enumerate(table.columns[column]):
             if (
-                value is None
+                is_missing(value)
                 or isinstance(value, (list, dict))
                 or (isinstance(value, str) and not value.strip())
             ):
                 raise UsageError(
                     f"{table.where(row)}: the label column {column!r} holds {value!r}; each row needs a label"
                 )
-            seen.add(_as_name(value))
+            seen.setdefault(_as_name(value), table.where(row))
             if len(seen) > MAX_CLASSES:
                 raise UsageError(
                     f"{table.path}: the label column {column!r} has more than {MAX_CLASSES} different "
-                    "labels; if they are "
-                    f"scores, declare task {name!r} with type: regression; if not, choose the right "
-                    "--label_column"
+                    f"labels; if they are scores, declare task {name!r} with type: regression; if not, "
+                    "choose the right --label_column"
                 )
-    if all(_is_number(value) for value in seen):
-        return sorted(seen, key=float)
-    return sorted(seen)
+    if not all(_is_number(value) for value in seen):
+        return sorted(seen)
+    names = sorted(seen, key=float)
+    # -1 and 1 alone are a usual pair of classes; beside other ids -1 is how data sets say "no label".
+    if names[0] == "-1" and len(names) > 1 and float(names[1]) >= 0 and names != ["-1", "1"]:
+        raise UsageError(
+            f"{seen['-1']}: the label -1 beside {', '.join(names[1:4])}{', ...' if len(names) > 4 else ''} "
+            "stands for no label; remove such rows, or give the classes as labels of a task in a "
+            "--tasks_file if -1 is one of them"
+        )
+    return names
 
 
 def _as_name(value: Any) -> str:
@@ -164,15 +173,17 @@ def _as_name(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    text = str(value).strip()
+    # A column with a gap anywhere is often written as 0.0, 1.0, ...
+    return str(int(float(text))) if _WHOLE.fullmatch(text) else text
 
 
 def _is_number(value: Any) -> bool:
+    """Whether it is a finite number, or reads as one ("nan" and "infinity" are words)."""
     try:
-        float(value)
-    except (TypeError, ValueError):
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
         return False
-    return True
 
 
 def _is_decimal(value: Any) -> bool:

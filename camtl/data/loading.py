@@ -30,10 +30,11 @@ def load_task(
 ) -> DatasetDict:
     """The rows of a task as a ``datasets.DatasetDict``, checked and mapped.
 
-    Sources, the first that applies: the files given here; the task's own ``files``; ``data_dir/<task name>/``
-    with ``<split>.jsonl[.gz]``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``; the generator of a demo task;
-    the hub. Columns of the result are the task's text columns and its label column: class ids (``ClassLabel``
-    with the task's names) or float64.
+    Sources, the first that applies: the files given here; ``data_dir/<task name>/`` with
+    ``<split>.jsonl[.gz]``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``; the task's own ``files``; the
+    generator of a demo task; the hub. With a ``data_dir`` that lacks the task's folder only ``files`` and the
+    generator are taken. Columns of the result are the task's text columns and its label column: class ids
+    (``ClassLabel`` with the task's names) or float64.
 
     ``splits`` lists what must be there; the default takes what there is of train and the task's validation
     sets. A split called "test", or with ``allow_unlabelled`` every split, may lack labels: such rows have -1
@@ -44,18 +45,20 @@ def load_task(
     explicit = {"train": train_file, "validation": validation_file, "test": test_file}
     files = {split: str(path) for split, path in explicit.items() if path is not None}
     wanted = list(splits) if splits is not None else ["train", *task.eval_splits]
-    if files or task.files:
+    demo = task.source.demo if task.source else None
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise UsageError(f"--data_dir {data_dir}: no such folder")
+    in_folder = data_dir is not None and _folder(data_dir, task).is_dir()
+    if files or (task.files and not in_folder):
         origin = files or dict(task.files or {})
         found = _from_files({split: origin[split] for split in wanted if split in origin})
         place = f"the files given, {', '.join(origin.values())}"
-    elif data_dir is not None and not (
-        task.source and task.source.demo and not _folder(data_dir, task).is_dir()
-    ):
-        found = _from_files(_folder_files(data_dir, task, wanted))
+    elif data_dir is not None and (in_folder or not demo):
+        found = _from_files(folder_files(data_dir, task, wanted))
         names = " and ".join(f"{split}.jsonl[.gz]" for split in wanted if split not in found)
         place = f"{_folder(data_dir, task)} (looked for {names}, or with {', '.join(SUFFIXES[1:])})"
-    elif task.source and task.source.demo:
-        found, place = _from_demo(task.source.demo, wanted), "the demo generator"
+    elif demo:
+        found, place = _from_demo(demo, wanted), "the demo generator"
     elif task.source and task.source.hub:
         from camtl.data.hub import load_from_hub
 
@@ -163,9 +166,11 @@ def _folder(data_dir: PathLike, task: Task) -> Path:
     return Path(data_dir) / task.name
 
 
-def _folder_files(data_dir: PathLike, task: Task, wanted: Sequence[str]) -> dict[str, Path]:
-    if not Path(data_dir).is_dir():
-        raise UsageError(f"--data_dir {data_dir}: no such folder")
+def folder_files(data_dir: PathLike, task: Task, wanted: Sequence[str]) -> dict[str, Path]:
+    """The files ``DIR/<task>/<split>.*`` of those ``wanted`` splits that are there, ``{split: path}``.
+
+    Raises :class:`UsageError` if the task has no folder in ``data_dir``.
+    """
     folder = _folder(data_dir, task)
     if not folder.is_dir():
         there = sorted(p.name for p in Path(data_dir).iterdir() if p.is_dir())

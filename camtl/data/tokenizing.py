@@ -97,7 +97,10 @@ def _tokenised(
         if np.isnan(values).all():
             values = None
     bar = tqdm(
-        total=rows, desc=f"tokenising {description or task.name}", unit="rows", disable=rows < _PROGRESS_FROM
+        total=rows,
+        desc=f"tokenising {description or task.name}",
+        unit="rows",
+        disable=True if rows < _PROGRESS_FROM else None,  # None: no bar where no terminal is
     )
     with bar:
         for start in range(0, rows, _BATCH):

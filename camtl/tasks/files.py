@@ -30,6 +30,26 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
 
 
+def load_yaml(path: str | os.PathLike[str]) -> Any:
+    """The content of a YAML file, with true and false as the only booleans (YAML 1.2); None if it is empty.
+
+    Raises :class:`UsageError` naming the file, and the line of what is not YAML.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UsageError(f"{path}{line}: not YAML ({error.problem})") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML ({error})") from None
+
+
 def load_tasks_yaml(path: str | os.PathLike[str]) -> list[Task]:
     """The tasks of a YAML file, in its order.
 
@@ -38,19 +58,9 @@ def load_tasks_yaml(path: str | os.PathLike[str]) -> list[Task]:
     file.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such tasks file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    try:
-        content = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UsageError(f"{path}{line}: not YAML ({error.problem})") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML ({error})") from None
+    if not path.exists():
+        raise UsageError(f"{path}: no such tasks file")
+    content = load_yaml(path)
     entries = content.get("tasks") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{path}: expected a list of tasks, each beginning with '- name: ...'")
@@ -77,8 +87,7 @@ def _entry(entry: Any, path: Path, number: int) -> Task:
 
 
 def dump_tasks_yaml(tasks: Iterable[Task], path: str | os.PathLike[str]) -> Path:
-    """Write tasks so that :func:`load_tasks_yaml` gives equal ones back. Fields at their default are left
-    out.
+    """Write tasks so that :func:`load_tasks_yaml` gives equal ones back, without fields at their default.
 
     Relative ``files`` become absolute: the new file may lie anywhere.
     """

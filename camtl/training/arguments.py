@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,11 @@ from transformers.trainer_utils import IntervalStrategy
 from camtl.errors import UsageError
 
 BORROW_PREFIX = "borrow:"
+#: Settings that decide which candidates are trained on; and all that mean something only with candidates.
+SELECTION_SETTINGS = ("score", "candidates_per_task", "score_dropout", "regression_places", "min_share")
+UNCERTAINTY_ONLY = (*SELECTION_SETTINGS, "score_batch_size")
+# Reporters whose package transformers looks for only when it makes the callback.
+_UNLISTED_REPORTERS = {"azure_ml", "flyte"}
 
 
 @dataclass(repr=False)  # the parent's repr hides tokens
@@ -119,6 +125,7 @@ class CaMtlTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_average"
+        self._read_sampler_options()
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # bfloat16 autocast works on the CPU too, but the parent wants to be told
         try:
@@ -127,16 +134,47 @@ class CaMtlTrainingArguments(TrainingArguments):
             raise UsageError(" ".join(str(error).split())) from error
         self._check_choices()
         self._check_numbers()
+        self._check_reporters()
         if self.early_stopping_patience is not None and self.eval_strategy == IntervalStrategy.NO:
             raise UsageError(
                 "early_stopping_patience needs evaluations during training: "
                 "give eval_strategy steps (with eval_steps) or epoch"
             )
-        if self.sampler_options is not None and not isinstance(self.sampler_options, dict):
+
+    def _read_sampler_options(self) -> None:
+        options = self.sampler_options
+        if isinstance(options, str):
+            try:
+                options = json.loads(options)
+            except json.JSONDecodeError as error:
+                raise UsageError(
+                    f"sampler_options is {options!r}, which is not JSON ({error.msg} at column "
+                    f'{error.colno}); give an object such as {{"temperature": 5}}'
+                ) from None
+        if options is not None and not isinstance(options, dict):
             raise UsageError(
-                f"sampler_options is {self.sampler_options!r}; give a JSON object such as "
-                '{"temperature": 5}'
+                f'sampler_options is {options!r}; give a JSON object such as {{"temperature": 5}}'
             )
+        self.sampler_options = options
+
+    def _check_reporters(self) -> None:
+        from transformers.integrations.integration_utils import (
+            INTEGRATION_TO_CALLBACK,
+            get_available_reporting_integrations,
+        )
+
+        installed = get_available_reporting_integrations()
+        for name in self.report_to or ():
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise UsageError(
+                    f"report_to: {name!r} is unknown; accepted: none, all, "
+                    f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+                )
+            if name not in installed and name not in _UNLISTED_REPORTERS:
+                raise UsageError(
+                    f"report_to: the package of {name!r} is not installed; install it, or leave report_to "
+                    f"out (installed: {', '.join(installed) or 'none'})"
+                )
 
     def _check_choices(self) -> None:
         for name, accepted in (
@@ -171,9 +209,22 @@ class CaMtlTrainingArguments(TrainingArguments):
             raise UsageError(
                 "label_smoothing_factor is not supported: the model computes every task's loss itself"
             )
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"{name} is {value}; it must be at least 0")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise UsageError(
+                f"num_train_epochs is {self.num_train_epochs}; it must be above 0 (or give max_steps)"
+            )
         if not 0.0 <= self.min_share <= 1.0:
             raise UsageError(f"min_share is {self.min_share}; it must lie between 0 and 1")
         if self.percent_of_max_data_size <= 0:
             raise UsageError(
                 f"percent_of_max_data_size is {self.percent_of_max_data_size}; it must be above 0"
             )
+
+
+def field_default(name: str) -> Any:
+    """The default of an argument."""
+    return next(entry.default for entry in fields(CaMtlTrainingArguments) if entry.name == name)

@@ -122,11 +122,6 @@ class EarlyStopping(EarlyStoppingCallback):
         """Take the count from a resumed state; a fresh run starts at 0."""
         self.early_stopping_patience_counter = saved_patience(state)
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether the patience is used up."""
-        return self.early_stopping_patience_counter >= self.early_stopping_patience
-
 
 def saved_patience(state: Any) -> int:
     """Evaluations without progress recorded in a trainer state; 0 if it has none."""

@@ -18,21 +18,23 @@ from transformers.utils import logging as transformers_logging
 
 from camtl._io import read_json, write_json
 from camtl._version import __version__
+from camtl.models.configuration import SWITCHES
 from camtl.tasks import Task
 from camtl.training import resume
-from camtl.training.arguments import CaMtlTrainingArguments
+from camtl.training.arguments import SELECTION_SETTINGS, CaMtlTrainingArguments
 from camtl.training.callbacks import saved_patience
 from camtl.training.meter import TrainingMeter
 from camtl.training.sampling import LossObserver, sampler_name
 
 _PICKLED_ARGUMENTS = "training_args.bin"
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_seq_length")
 
 
 class CheckpointingTrainer(Trainer):
     """The Trainer with saving that leaves every file whole or absent, and with exact resuming.
 
     What a checkpoint holds and needs of a run is declared here; :class:`~camtl.training.CaMtlTrainer` sets
-    it.
+    it all.
     """
 
     args: CaMtlTrainingArguments
@@ -40,6 +42,7 @@ class CheckpointingTrainer(Trainer):
     train_dataset: Any
     tasks: dict[str, Task]
     train_tasks: list[str]
+    train_fingerprints: dict[str, str]
     sampler: str | type | Callable[..., Any]
     train_sampler: Any
     meter: TrainingMeter
@@ -85,19 +88,28 @@ class CheckpointingTrainer(Trainer):
         return checkpoint
 
     def run_settings(self) -> dict[str, Any]:
-        """Everything that decides which rows a step trains on; a resumed run must have the same."""
-        args = self.args
+        """Everything that decides what a step trains, and on which rows; a resumed run must have the same."""
+        args, config = self.args, self.model.config
         return {
             "tasks": list(self.tasks),
             "train_rows": dict(zip(self.train_tasks, self.train_dataset.sizes, strict=True)),
+            "train_data": self.train_fingerprints,
+            "label_scale": {
+                info["name"]: "raw"
+                if info.get("label_mean") is None
+                else f"mean {info['label_mean']:.6g} deviation {info['label_std']:.6g}"
+                for info in config.task_info
+                if info["loss"] == "mse"
+            },
             "sampler": sampler_name(self.sampler),
             "sampler_options": args.sampler_options or {},
-            "candidates_per_task": args.candidates_per_task,
+            **{name: getattr(args, name) for name in SELECTION_SETTINGS},
             "batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "world_size": args.world_size,
             "epoch": [args.epoch_mode, args.percent_of_max_data_size, args.uniform_mt_sampling],
             "seed": self.data_seed,
+            **{name: getattr(config, name) for name in (*_SIZES, *SWITCHES)},
         }
 
     def restore_counters(self) -> None:
@@ -108,10 +120,11 @@ class CheckpointingTrainer(Trainer):
         if self.args.process_index == 0:
             self.meter.restore(self._resumed["meter"])
             # Losses since the last log: without them the first mean after a resume would cover fewer steps.
-            # The mean over the whole call, which covers the steps after the resume only, leaves them out
-            # again.
-            self._tr_loss += self._resumed["unlogged"]["loss"]
-            self._total_loss_scalar -= self._resumed["unlogged"]["loss"]
+            # The mean over the whole call covers the steps after the resume only: it leaves them out again.
+            unlogged = self._resumed["unlogged"]["loss"]
+            unlogged = math.nan if unlogged is None else unlogged  # null: the run had diverged
+            self._tr_loss += unlogged
+            self._total_loss_scalar -= unlogged
         self._globalstep_last_logged = self._resumed["unlogged"]["since_step"]
 
     def _is_finished(self, checkpoint: str) -> bool:
@@ -203,16 +216,10 @@ class CheckpointingTrainer(Trainer):
         """What ``camtl_state.json`` holds beside the list of files. Every rank calls this."""
         if self._observer is not None:
             self._observer.flush()
-        info = self.model.config.task_info
         return {
             "camtl_version": __version__,
             "global_step": self.state.global_step,
             "run": self.run_settings(),
-            "label_statistics": {
-                entry["name"]: [entry["label_mean"], entry["label_std"]]
-                for entry in info
-                if entry.get("label_mean") is not None
-            },
             "sampler_state": self.train_sampler.state_dict(),
             "meter": self.meter.state(self._sum_over_ranks),
             "unlogged": {
@@ -243,7 +250,11 @@ class CheckpointingTrainer(Trainer):
         if not self.args.should_save:
             return
         (folder / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
-        (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        arguments = folder / "training_args.json"
+        arguments.write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        for weights in folder.glob("*.safetensors"):
+            # safetensors writes for the owner alone; the other files have what the umask allows.
+            shutil.copymode(arguments, weights)
 
     # -- results
     def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from transformers.trainer_utils import SaveStrategy
 
 from camtl.data import MultiTaskDataset
 from camtl.errors import UsageError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from camtl.tasks import Task
+    from camtl.training.arguments import CaMtlTrainingArguments
     from camtl.training.trainer import CaMtlTrainer
 
 
@@ -89,6 +91,21 @@ def evaluation_parts(
                 )
             parts.append(EvaluationPart(result_name(name, split), task, split, tokenised))
     return parts
+
+
+def check_best_metric(args: CaMtlTrainingArguments, parts: Sequence[EvaluationPart]) -> None:
+    """Raise :class:`UsageError` if the run needs a ``metric_for_best_model`` that no evaluation produces."""
+    needed = args.load_best_model_at_end or args.early_stopping_patience is not None
+    if not needed and args.save_strategy != SaveStrategy.BEST:
+        return
+    names = [f"{part.name}_{key}" for part in parts for key in (*part.task.metrics, "loss")]
+    known = [f"eval_{name}" for name in ("average", "task_sigma", "loss", *names)]
+    metric = str(args.metric_for_best_model)
+    if f"eval_{metric.removeprefix('eval_')}" not in known:
+        raise UsageError(
+            f"metric_for_best_model is {metric!r}, which no evaluation of this run has; "
+            f"accepted: {', '.join(known)}"
+        )
 
 
 def evaluate_parts(trainer: CaMtlTrainer, parts: Sequence[EvaluationPart], prefix: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from camtl.data import MultiTaskCollator, is_tokenised, tokenize
+from camtl.data.tokenizing import TOKENISED_COLUMNS
 from camtl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from camtl.tasks import Task
 
 Splits = dict[str, "Dataset"]
+_HASHED_ROWS = 10_000
 
 
 def check_tasks(given: Mapping[str, Any], tasks: Mapping[str, Task], what: str) -> None:
@@ -78,6 +81,21 @@ def labels_of(dataset: Dataset) -> np.ndarray | None:
         return None
     labels = np.asarray(dataset.with_format("numpy")["labels"], dtype=np.float64)
     return None if np.isnan(labels).any() else labels
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A short hash of all rows of a tokenised data set, in order; the same in every process.
+
+    (What ``datasets`` calls a fingerprint tells how a data set was made, not what it holds.)
+    """
+    digest = hashlib.blake2b(digest_size=6)
+    for table in dataset.with_format("arrow").iter(_HASHED_ROWS):
+        for name in (name for name in TOKENISED_COLUMNS if name in dataset.column_names):
+            values = table.column(name).combine_chunks()
+            values = values.flatten() if name in ("input_ids", "token_type_ids") else values
+            dtype = "<f4" if name == "labels" else "<i4"
+            digest.update(values.to_numpy(zero_copy_only=False).astype(dtype).tobytes())
+    return digest.hexdigest()
 
 
 def set_label_statistics(task_info: list[dict[str, Any]], train: Mapping[str, Dataset], scale: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -159,7 +160,8 @@ class TrainingMeter:
             (self._rows, "rows"),
             (self._all_rows, "all_rows"),
         ):
-            target.copy_(torch.tensor(state[key], dtype=target.dtype))
+            values = [math.nan if value is None else value for value in state[key]]  # of a diverged run
+            target.copy_(torch.tensor(values, dtype=target.dtype))
         self._seen = int(state["seen"])
         self._scoring_seconds = float(state["scoring_seconds"])
         self._training_seconds = float(state["training_seconds"])

@@ -32,11 +32,14 @@ TRAINER_STATE_FILE = "trainer_state.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 _FORMAT = 1
+#: A disk with fewer free bytes than this is full.
+_FULL_BELOW = 1 << 20
 
 #: What the settings that must agree are called in messages.
 _TITLES = {
     "tasks": "task list",
     "train_rows": "training rows",
+    "train_data": "hash of the training data",
     "sampler": "sampler",
     "sampler_options": "sampler options",
     "batch_size": "batch size per device",
@@ -66,9 +69,8 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str | os.PathLike[s
     """Turn a ``resume_from_checkpoint`` value into a checkpoint folder, or None for a fresh start.
 
     Args:
-        value: None or False: fresh start. ``"auto"``: the newest intact checkpoint of ``output_dir``, else a
-            fresh
-            start. True: the same, but there must be one. Anything else: that folder.
+        value: None or False: fresh start. ``"auto"``: the newest intact checkpoint of ``output_dir``, else
+            a fresh start. True: the same, but there must be one. Anything else: that folder.
         output_dir: the folder of the run.
 
     Raises:
@@ -91,8 +93,7 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str | os.PathLike[s
     if faults:
         raise UsageError(
             f"{path} is not usable: {'; '.join(faults)}. "
-            "Give another checkpoint-N folder, or auto to take the "
-            "newest intact one"
+            "Give another checkpoint-N folder, or auto to take the newest intact one"
         )
     return str(path)
 
@@ -257,17 +258,31 @@ def _flush(path: Path) -> None:
 def writing(staging: Path, final: Path) -> Iterator[None]:
     """Run the writing of ``staging``; on any failure or interrupt remove it, so that its space is free again.
 
-    torch and safetensors report a full disk as errors of their own; they come out as :class:`OSError` here.
+    torch and safetensors report a full disk as errors of their own; they come out as :class:`OSError` here,
+    with ``errno`` ENOSPC if the disk is full.
     """
     try:
         yield
     except BaseException as error:
+        full = _is_full(final.parent, error)  # asked before the removal frees the space again
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, SafetensorError) or (
             isinstance(error, RuntimeError) and _is_writer_error(error)
         ):
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from error
             raise OSError(errno.EIO, f"could not be written ({_first_line(error)})", str(final)) from error
         raise
+
+
+def _is_full(folder: Path, error: BaseException) -> bool:
+    """Whether ``error`` means a full disk: it says so (safetensors), or there is no space left (torch)."""
+    if os.strerror(errno.ENOSPC) in str(error):
+        return True
+    try:
+        return shutil.disk_usage(folder).free < _FULL_BELOW
+    except OSError:
+        return False
 
 
 def _is_writer_error(error: RuntimeError) -> bool:
@@ -291,8 +306,8 @@ def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 def check_agreement(checkpoint: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raise :class:`UsageError` unless the run that goes on is the run that was saved.
 
-    Both are the ``run`` part of ``camtl_state.json``: everything that decides which rows a step trains on.
-    The message names each setting that differs with both values.
+    Both are the ``run`` part of ``camtl_state.json``: everything that decides what a step trains, and on
+    which rows. The message names each setting that differs with both values.
     """
     differing = [
         f"{_TITLES.get(key, key)}: the checkpoint has {_show(saved.get(key))}, this run has {_show(value)}"
@@ -302,8 +317,8 @@ def check_agreement(checkpoint: str, saved: Mapping[str, Any], current: Mapping[
     if differing:
         raise UsageError(
             f"{checkpoint} cannot be resumed by this run. {'; '.join(differing)}. "
-            "Use the checkpoint's settings, or "
-            "start afresh with another output_dir (or without resume_from_checkpoint)"
+            "Use the checkpoint's settings, or start afresh with another output_dir "
+            "(or without resume_from_checkpoint)"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from torch import Tensor
 from camtl.data import MultiTaskBatchSampler, get_sampler, make_sampler
 from camtl.data.samplers import CHUNK
 from camtl.errors import UsageError
-
-if TYPE_CHECKING:
-    from camtl.training.arguments import CaMtlTrainingArguments
+from camtl.training.arguments import UNCERTAINTY_ONLY, CaMtlTrainingArguments, field_default
 
 _FLUSH_EVERY = 8
 
@@ -36,10 +34,13 @@ def build_sampler(
     make: Any = get_sampler(sampler)
     if getattr(make, "selects", False):
         options.setdefault("candidates_per_task", args.candidates_per_task)
-    elif args.candidates_per_task is not None:
-        raise UsageError(
-            f"candidates_per_task is for the sampler uncertainty, not for {sampler_name(sampler)}"
-        )
+    else:
+        given = [name for name in UNCERTAINTY_ONLY if getattr(args, name) != field_default(name)]
+        if given:
+            raise UsageError(
+                f"{', '.join(given)}: only for the sampler uncertainty, not for {sampler_name(sampler)}; "
+                f"leave {'it' if len(given) == 1 else 'them'} out, or give sampler uncertainty"
+            )
     try:
         built = make_sampler(
             sampler,

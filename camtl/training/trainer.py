@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,8 +35,7 @@ class CaMtlTrainer(CheckpointingTrainer):
         model: the model; its config holds the tasks.
         args: the arguments of the run.
         train_dataset: ``{task: Dataset}``, raw (text columns) or tokenised by :func:`camtl.data.tokenize`.
-            The
-            tasks may be a part of the model's.
+            The tasks may be a part of the model's.
         eval_dataset: ``{task: Dataset}`` or ``{task: {split: Dataset}}``; a bare Dataset is the task's first
             evaluation split.
         processing_class: the tokenizer; needed for raw data, and saved beside the model.
@@ -47,8 +47,7 @@ class CaMtlTrainer(CheckpointingTrainer):
     Raises :class:`~camtl.errors.UsageError` for data that does not fit the model or the arguments.
     """
 
-    #  The model's loss is a mean over tasks: it is divided by the number of accumulated calls, by nothing
-    # else.
+    # The model's loss is a mean over tasks: the number of accumulated calls is all it is divided by.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -82,6 +81,8 @@ class CaMtlTrainer(CheckpointingTrainer):
         mixed = None if train_dataset is None else self._training_data(config.task_info, train_dataset, args)
         parts = None if eval_dataset is None else self._parts(eval_dataset, "eval_dataset")
         self._eval_parts = parts or []
+        if mixed is not None:
+            evaluation.check_best_metric(args, self._eval_parts)
         super().__init__(
             model=model,
             args=args,
@@ -99,6 +100,7 @@ class CaMtlTrainer(CheckpointingTrainer):
         self._selector: UncertaintySelector | None = None
         self._tokens_trained = self._tokens_scored = 0
         self._parameters_outside_embeddings: int | None = None
+        self._has_warned = False
 
     def _training_data(
         self, task_info: list[dict[str, Any]], given: Mapping[str, Any], args: CaMtlTrainingArguments
@@ -118,6 +120,7 @@ class CaMtlTrainer(CheckpointingTrainer):
                 )
         loader.set_label_statistics(task_info, ordered, args.label_scale)
         self.train_tasks = list(ordered)
+        self.train_fingerprints = {name: loader.fingerprint(rows) for name, rows in ordered.items()}
         return MultiTaskDataset(ordered)
 
     def _parts(
@@ -189,8 +192,7 @@ class CaMtlTrainer(CheckpointingTrainer):
 
         Args:
             resume_from_checkpoint: a ``checkpoint-N`` folder, ``"auto"`` (the newest intact one of
-                ``output_dir``,
-                else a fresh start), True (the same, but there must be one); None takes
+                ``output_dir``, else a fresh start), True (the same, but there must be one); None takes
                 ``args.resume_from_checkpoint``.
             trial, ignore_keys_for_eval: as in Hugging Face.
 
@@ -206,9 +208,11 @@ class CaMtlTrainer(CheckpointingTrainer):
         try:
             if checkpoint is not None and self._is_finished(checkpoint):
                 return self._load_finished(checkpoint)
-            return super().train(
+            result = super().train(
                 resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
             )
+            self._warn_if_diverged("training", result.training_loss)
+            return result
         finally:
             self.is_in_train = False
             if self._progress is not None:
@@ -320,9 +324,20 @@ class CaMtlTrainer(CheckpointingTrainer):
         rows = sum(len(part.dataset) for part in parts)
         steps = evaluation.number_of_batches(self, parts)
         metrics.update(speed_metrics(metric_key_prefix, begun, num_samples=rows, num_steps=steps))
+        self._warn_if_diverged("evaluation", metrics.get(f"{metric_key_prefix}_loss", 0.0))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _warn_if_diverged(self, what: str, loss: float) -> None:
+        """Say once that a loss is no number: files then hold null, and scores mean nothing."""
+        if not math.isfinite(loss) and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the %s loss is %s: the training has diverged and the model is of no use; "
+                "use a lower learning_rate or more warmup_steps",
+                what, loss,
+            )  # fmt: skip
 
     def predict(  # type: ignore[override]
         self,

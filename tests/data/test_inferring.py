@@ -59,6 +59,35 @@ def test_whole_numbers_written_as_floats_are_classes(jsonl):
     assert task.labels == ("0", "1")
 
 
+def test_whole_numbers_are_one_class_however_they_are_written(jsonl, tmp_path):
+    train = tmp_path / "train.csv"
+    train.write_text("text,label\nx,0.0\ny,1.0\n")
+    validation = tmp_path / "dev.csv"
+    validation.write_text("text,label\nx,1\ny,0\n")
+    for task in (infer_task(train, validation), infer_task(validation, train)):
+        assert task.labels == ("0", "1")
+        rows = load_task(task)
+        assert {tuple(rows[split]["label"][:]) for split in rows} == {(0, 1), (1, 0)}
+    codes = infer_task(jsonl("a.jsonl", [{"text": "x", "label": "01"}, {"text": "y", "label": "1.5.0"}]))
+    assert codes.labels == ("01", "1.5.0")
+
+
+def test_words_that_float_reads_are_names(jsonl):
+    rows = [{"text": "x", "label": "infinity"}, {"text": "y", "label": "nan"}, {"text": "z", "label": "inf"}]
+    task = infer_task(jsonl("a.jsonl", rows))
+    assert (task.type, task.labels) == ("classification", ("inf", "infinity", "nan"))
+    assert load_task(task)["train"]["label"][:] == [1, 2, 0]
+
+
+def test_minus_one_beside_ids_is_no_label(jsonl, tmp_path):
+    path = jsonl("a.jsonl", [{"text": "x", "label": label} for label in (1, 0, -1)])
+    with pytest.raises(UsageError, match=r"a\.jsonl, line 3: the label -1 beside 0, 1 stands for no label"):
+        infer_task(path)
+    signs = infer_task(jsonl("b.jsonl", [{"text": "x", "label": label} for label in (1, -1)]))
+    assert signs.labels == ("-1", "1")
+    assert load_task(signs)["train"]["label"][:] == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "words"),
     [
@@ -70,6 +99,7 @@ def test_whole_numbers_written_as_floats_are_classes(jsonl):
         ([{"text": "x", "label": 1}], {"label_column": "lab"}, ["'lab'"]),
         ([{"text": "x", "label": 1}], {}, ["two or more"]),
         ([{"text": "x", "label": None}], {}, ["line 1", "None"]),
+        ([{"text": "x", "label": "a"}, {"text": "x", "label": float("nan")}], {}, ["line 2", "nan"]),
         ([{"text": "x", "label": i} for i in range(101)], {}, ["more than 100", "type: regression"]),
     ],
 )

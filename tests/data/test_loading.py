@@ -25,12 +25,14 @@ def test_a_local_folder(jsonl, tmp_path):
     assert data["validation"][0] == {"text": "z", "label": 1}
 
 
-def test_explicit_files_come_first_and_task_files_second(jsonl, tmp_path):
+def test_explicit_files_come_first_and_the_folder_second(jsonl, tmp_path):
     jsonl("mood/train.jsonl", ROWS)
     mine = jsonl("mine.jsonl", ROWS[:1])
     with_files = TASK.model_copy(update={"files": {"train": str(mine), "test": str(mine)}})
     assert len(load_task(TASK, tmp_path, train_file=mine)["train"]) == 1
-    assert len(load_task(with_files, tmp_path)["train"]) == 1
+    assert len(load_task(with_files, tmp_path)["train"]) == 2
+    (tmp_path / "other").mkdir()
+    assert len(load_task(with_files, tmp_path / "other")["train"]) == 1
     assert list(load_task(with_files, splits=["test"])) == ["test"]
 
 
@@ -49,8 +51,10 @@ def test_missing_folders(jsonl, tmp_path):
     jsonl("cola/train.jsonl", ROWS)
     with pytest.raises(UsageError, match=r"no folder 'mood'.*folders there: cola"):
         load_task(TASK, tmp_path)
-    with pytest.raises(UsageError, match="no such folder"):
-        load_task(TASK, tmp_path / "none")
+    with_files = TASK.model_copy(update={"files": {"train": str(tmp_path / "cola" / "train.jsonl")}})
+    for task in (TASK, with_files, get_task("demo_entailment")):
+        with pytest.raises(UsageError, match=r"--data_dir .*none: no such folder"):
+            load_task(task, tmp_path / "none")
     with pytest.raises(UsageError, match=r"no data.*--data_dir.*--train_file"):
         load_task(TASK)
 

@@ -118,3 +118,9 @@ def test_no_file_and_a_folder(tmp_path):
     (tmp_path / "f.csv").mkdir()
     with pytest.raises(UsageError, match="folder"):
         read_table(tmp_path / "f.csv")
+
+
+def test_a_field_may_be_longer_than_the_csv_module_allows(write):
+    text = "word " * 40_000
+    table = read_table(write("a.csv", f'text,label\n"{text}",1\nshort,0\n'))
+    assert table.columns == {"text": [text, "short"], "label": ["1", "0"]}

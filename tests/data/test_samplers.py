@@ -337,13 +337,28 @@ def test_loss_starts_an_epoch_from_the_levels_before():
             make_sampler("loss", SIZES, 16, **bad)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("temperature", {"heat": 3}, "no option 'heat'; its options: temperature, size_cap"),
+        ("uniform", {"heat": 3}, "no option 'heat'; its options: none"),
+        ("temperature", {"temperature": "hot"}, "sampler option temperature is 'hot'; it must be a number"),
+        ("temperature", {"size_cap": 2.5}, "size_cap is 2.5; it must be a whole number"),
+        ("loss", {"floor": True}, "floor is True; it must be a number"),
+        ("uncertainty", {"candidates_per_task": [3]}, r"candidates_per_task is \[3\]"),
+    ],
+)
+def test_wrong_options_are_named(name, options, words):
+    with pytest.raises(UsageError, match=words):
+        make_sampler(name, SIZES, 16, **options)
+
+
 # --- uncertainty
 
 
 def test_candidates_of_every_task_in_task_order():
     sampler = make_sampler("uncertainty", SIZES, 16)
     assert sampler.selects
-    assert sampler.rows_per_batch == 16 + 16 + 7
     for batch in epoch_of(sampler):
         assert tasks_of(batch).tolist() == [0] * 16 + [1] * 16 + [2] * 7
         assert len(set(batch)) == len(batch)

@@ -154,3 +154,10 @@ def test_rows_without_labels(tokenizer, tmp_path):
     some = tokenised({"text": ["a", "the"], "label": [-1, 1]})["labels"][:]
     assert np.isnan(some[0])
     assert some[1] == 1.0
+
+
+def test_no_progress_bar_where_no_terminal_is(rows, tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tokenizing, "_PROGRESS_FROM", 1)
+    tokenize(SINGLE, rows, tokenizer, 16, tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""

@@ -4,6 +4,7 @@ import pytest
 
 from camtl.errors import UsageError
 from camtl.tasks import Task, dump_tasks_yaml, load_tasks_yaml, resolve_tasks
+from camtl.tasks.files import load_yaml
 
 TWO = """
 tasks:
@@ -90,6 +91,16 @@ def test_missing_file_and_bad_encoding(tmp_path):
     path.write_bytes("- {name: é}".encode("latin-1"))
     with pytest.raises(UsageError, match="UTF-8"):
         load_tasks_yaml(path)
+
+
+def test_only_true_and_false_are_booleans(write):
+    path = write("eval_strategy: no\nbf16: true\nday: 2020-01-01\nsteps: 5\n")
+    assert load_yaml(path) == {"eval_strategy": "no", "bf16": True, "day": "2020-01-01", "steps": 5}
+    assert load_yaml(write("")) is None
+    with pytest.raises(UsageError, match=r"tasks\.yaml, line 2: not YAML"):
+        load_yaml(write("a: 1\n]\n"))
+    with pytest.raises(UsageError, match=r"none\.yaml: no such file"):
+        load_yaml(path.parent / "none.yaml")
 
 
 def test_one_task_of_a_file(write):

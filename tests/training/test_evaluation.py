@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -199,3 +201,66 @@ def test_evaluation_during_training_needs_data(make_model, tmp_path, data):
     args = CaMtlTrainingArguments(output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps")
     with pytest.raises(UsageError, match="eval_dataset"):
         CaMtlTrainer(make_model(), args, train_dataset=data["train"])
+
+
+@pytest.mark.parametrize("metric", ["eval_tone_acuracy", "tone_pearson", "accuracy"])
+def test_a_best_metric_that_no_evaluation_has_is_refused(make_trainer, metric):
+    often = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": metric}
+    for options in (
+        {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1},
+        {"early_stopping_patience": 2},
+    ):
+        with pytest.raises(UsageError, match=f"'{metric}', which no evaluation .*eval_tone_accuracy"):
+            make_trainer(**often, **options)
+
+
+@pytest.mark.parametrize("metric", ["eval_relation_mismatched_accuracy", "closeness_pearson", "eval_loss"])
+def test_every_result_can_be_the_best_metric(make_trainer, metric):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2}
+    trainer = make_trainer(metric_for_best_model=metric, max_steps=1, **options)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+
+
+def test_decoding_by_task_type_is_the_models(make_trainer, tasks):
+    model = make_trainer().model  # the label statistics have been entered
+    logits = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    for task in tasks:
+        mean, deviation = model.label_scale(task.name)
+        own = task.task_type.decode(logits.double().numpy(), task, mean, deviation)
+        for ours, theirs in zip(own, model.decode_logits(logits, task.name), strict=True):
+            assert list(ours) == list(theirs)
+            assert ours.get("label") == theirs.get("label")
+            assert ours["score"] == pytest.approx(theirs["score"])
+            assert ours.get("probabilities", {}) == pytest.approx(theirs.get("probabilities", {}))
+    assert model.label_scale("closeness")[0] > 10
+
+
+def test_a_diverged_run_says_so_once(make_trainer, caplog):
+    trainer = make_trainer(save_strategy="steps", save_steps=2, logging_steps=3)
+    compute = trainer.compute_loss
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        result = compute(*args, **kwargs)
+        return (result[0] * math.nan, result[1]) if isinstance(result, tuple) else result * math.nan
+
+    trainer.compute_loss = broken
+    assert not math.isfinite(trainer.train().training_loss)
+    assert not math.isfinite(trainer.evaluate()["eval_loss"])
+    lines = [record.getMessage() for record in caplog.records if "diverged" in record.getMessage()]
+    assert lines == [
+        "the training loss is nan: the training has diverged and the model is of no use; "
+        "use a lower learning_rate or more warmup_steps"
+    ]
+    shutil.rmtree(Path(trainer.args.output_dir) / "checkpoint-3", ignore_errors=True)
+    caplog.clear()
+    again = make_trainer(save_strategy="steps", save_steps=2, logging_steps=3)
+    assert not math.isfinite(again.train(resume_from_checkpoint="auto").training_loss)
+    assert "the training has diverged" in caplog.text
+
+
+def test_a_good_run_is_not_called_diverged(make_trainer, caplog):
+    trainer = make_trainer()
+    trainer.train()
+    trainer.evaluate()
+    assert "diverged" not in caplog.text

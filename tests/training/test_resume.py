@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from camtl.errors import UsageError
@@ -141,30 +143,6 @@ def test_no_checkpoint_is_a_fresh_start(make_trainer):
         make_trainer("other").train(resume_from_checkpoint=True)
     with pytest.raises(UsageError, match="is no folder"):
         make_trainer("other").train(resume_from_checkpoint="nowhere/checkpoint-3")
-
-
-def test_other_settings_are_refused_with_both_values(make_trainer, make_model, data, tasks):
-    options = {"save_strategy": "steps", "save_steps": 2}
-    make_trainer(**options).train()
-
-    def message(**changed: Any) -> str:
-        with pytest.raises(UsageError) as error:
-            make_trainer(**{**options, **changed}).train(resume_from_checkpoint="auto")
-        return str(error.value)
-
-    text = message(sampler="sqrt", per_device_train_batch_size=4)
-    assert "sampler: the checkpoint has proportional, this run has sqrt" in text
-    assert "batch size per device: the checkpoint has 6, this run has 4" in text
-    assert "seed: the checkpoint has 3, this run has 4" in message(seed=4)
-    text = message(model=make_model(tasks=[tasks[1], tasks[0], tasks[2]]))
-    assert (
-        "task list: the checkpoint has tone, relation, closeness, this run has relation, tone, closeness"
-        in text
-    )
-    fewer = {**data["train"], "tone": data["train"]["tone"].select(range(30))}
-    assert "tone 40" in message(train=fewer)
-    assert "tone 30" in message(train=fewer)
-    assert "gradient accumulation" in message(gradient_accumulation_steps=2)
 
 
 @pytest.fixture
@@ -327,6 +305,49 @@ def test_publishing_over_an_existing_checkpoint(tmp_path):
     assert (final / "weights").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
     assert json.loads((final / STATE_FILE).read_text())["files"] == {"weights": 3}
+
+
+@pytest.mark.parametrize(
+    ("failure", "free", "number"),
+    [
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 1664 vs 1558", 0, errno.ENOSPC),
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 1664 vs 1558", 1 << 30, errno.EIO),
+        (
+            "Error while serializing: I/O error: No space left on device (os error 28)",
+            1 << 30,
+            errno.ENOSPC,
+        ),
+    ],
+)
+def test_a_full_disk_is_called_one(tmp_path, monkeypatch, failure, free, number):
+    final, staging = tmp_path / "checkpoint-5", tmp_path / "tmp-checkpoint-5"
+    staging.mkdir()
+
+    def disk_usage(path: Any) -> Any:
+        # Removing what was half written frees its space: the disk must be looked at before.
+        return SimpleNamespace(free=free if staging.exists() else 1 << 40)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    error = SafetensorError(failure) if "serializing" in failure else RuntimeError(failure)
+    with pytest.raises(OSError, match="checkpoint-5") as caught, writing(staging, final):
+        raise error
+    assert caught.value.errno == number
+    if number == errno.ENOSPC:
+        assert caught.value.strerror == "No space left on device"
+    assert not staging.exists()
+
+
+def test_weights_may_be_read_by_whom_the_umask_allows(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=3)
+    before = os.umask(0o022)
+    try:
+        trainer.train()
+        trainer.save_model()
+    finally:
+        os.umask(before)
+    folder = Path(trainer.args.output_dir)
+    for place in (folder, folder / "checkpoint-3"):
+        assert (place / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_safetensors_header(tmp_path):

@@ -37,6 +37,10 @@ SAMPLERS: dict[str, type[MultiTaskBatchSampler]] = {
     "uncertainty": UncertaintySampler,
 }
 
+#: Options that every sampler takes.
+_COMMON = ("num_epochs", "epoch", "percent_of_max_data_size", "uniform_mt_sampling")
+_WHOLE_NUMBERS = ("size_cap", "candidates_per_task")
+
 
 def get_sampler(
     sampler: str | type[MultiTaskBatchSampler] | Callable[[list[int], int], Sequence[float]],
@@ -66,7 +70,10 @@ def make_sampler(
     seed: int = 0,
     **options: Any,
 ) -> MultiTaskBatchSampler:
-    """Make a sampler. Options that are None are dropped; one of another sampler is an error."""
+    """Make a sampler. Options that are None are dropped.
+
+    Raises :class:`UsageError` for an option of another sampler or of none, and for one that is no number.
+    """
     make = get_sampler(sampler)
     known: tuple[str, ...] = getattr(make, "options", ())
     specific = {name for cls in SAMPLERS.values() for name in cls.options}
@@ -75,6 +82,18 @@ def make_sampler(
     if wrong:
         owners = ", ".join(n for n, c in SAMPLERS.items() if any(name in c.options for name in wrong))
         raise UsageError(f"the option {', '.join(wrong)} is not for sampler {sampler!r} but for {owners}")
+    if isinstance(sampler, str):
+        unknown = [name for name in kept if name not in known and name not in _COMMON]
+        if unknown:
+            raise UsageError(
+                f"sampler {sampler!r} has no option {', '.join(map(repr, unknown))}; "
+                f"its options: {', '.join(known) or 'none'}"
+            )
+    for name in (name for name in kept if name in known and name in specific and name != "function"):
+        whole, value = name in _WHOLE_NUMBERS, kept[name]
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            kind = "a whole number" if whole else "a number"
+            raise UsageError(f"sampler option {name} is {value!r}; it must be {kind}")
     return make(dataset_sizes, batch_size, seed, **kept)
 
 

@@ -134,8 +134,7 @@ class LossSampler(WeightedSampler):
 
 
 class UncertaintySampler(MultiTaskBatchSampler):
-    """Candidates of every task for MT-Uncertainty: the trainer scores them and trains on the best
-    ``batch_size``.
+    """Candidates of every task for MT-Uncertainty; the trainer trains on the ``batch_size`` best of them.
 
     A batch holds ``candidates_per_task`` rows of each task (default ``batch_size``; all rows of a smaller
     task), one task after another in task order. An epoch has as many batches as with any other sampler, so
@@ -161,7 +160,6 @@ class UncertaintySampler(MultiTaskBatchSampler):
         if candidates_per_task is not None and candidates_per_task < 1:
             raise UsageError(f"candidates_per_task must be at least 1, given {candidates_per_task}")
         self.candidates_per_task = candidates_per_task or self.batch_size
-        self.rows_per_batch = sum(min(self.candidates_per_task, size) for size in self.sizes)
 
     def batches(self, epoch: int) -> Iterator[np.ndarray]:
         """Candidates in task order."""

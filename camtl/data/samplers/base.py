@@ -26,8 +26,7 @@ def reference_epoch_batches(
 
 
 class MultiTaskBatchSampler(torch.utils.data.Sampler, ABC):
-    """Batches of mixed tasks: lists of global row numbers (task t's rows begin at
-    ``sum(dataset_sizes[:t])``).
+    """Batches of mixed tasks: lists of global row numbers (task t's begin at ``sum(dataset_sizes[:t])``).
 
     The stream of an epoch is a pure function of (seed, epoch) and the arguments; set the epoch with
     :meth:`set_epoch`. A subclass says in :meth:`batches` what the batches are.
@@ -38,12 +37,10 @@ class MultiTaskBatchSampler(torch.utils.data.Sampler, ABC):
         seed: any non-negative integer.
         num_epochs: epochs of the whole training, for schedules over epochs.
         epoch: "rows" for ``ceil(all rows / batch_size)`` batches an epoch, "reference" for the released
-        formula
-            (:func:`reference_epoch_batches` of ``percent_of_max_data_size`` and ``uniform_mt_sampling``),
-            which counts differently.
+            formula (:func:`reference_epoch_batches` of ``percent_of_max_data_size`` and
+            ``uniform_mt_sampling``), which counts differently.
 
-    ``batch_size`` stays the number of rows trained on; ``rows_per_batch`` is the number of rows a full batch
-    holds.
+    ``batch_size`` is the number of rows trained on; a batch of candidates (``selects``) holds more.
     """
 
     #: Keyword arguments of this sampler beyond those above.
@@ -83,7 +80,6 @@ class MultiTaskBatchSampler(torch.utils.data.Sampler, ABC):
         self.num_tasks = len(sizes)
         self.total = sum(sizes)
         self.batch_size = int(batch_size)
-        self.rows_per_batch = self.batch_size
         self.seed = int(seed)
         self.num_epochs = int(num_epochs)
         self.epoch_kind = epoch

@@ -111,10 +111,9 @@ class TemperatureSampler(WeightedSampler):
 
 
 class AnnealedSampler(WeightedSampler):
-    """p ~ rows ** alpha with alpha falling from 1 in the first epoch to 0.2 in the last (Stickland & Murray
-    2019).
+    """p ~ rows ** alpha with alpha falling from 1 in the first epoch to 0.2 in the last.
 
-    alpha = 1 - 0.8 * (e - 1) / (E - 1) for epoch e of E, counted from 1.
+    alpha = 1 - 0.8 * (e - 1) / (E - 1) for epoch e of E, counted from 1 (Stickland & Murray 2019).
     """
 
     def alpha(self, epoch: int) -> float:

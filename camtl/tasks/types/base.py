@@ -96,8 +96,14 @@ class TaskType(ABC):
 
     # 4. decode
     @abstractmethod
-    def decode(self, logits: np.ndarray, task: Task) -> list[dict[str, Any]]:
-        """Logits [n, >= outputs] as one plain dict per row, in the task's own names and units."""
+    def decode(
+        self, logits: np.ndarray, task: Task, mean: float = 0.0, deviation: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """Logits [n, >= outputs] as one plain dict per row, in the task's own names and units.
+
+        ``mean`` and ``deviation`` are those by which a regression's labels were standardised in training (0
+        and 1: they were not).
+        """
 
     # 5. metrics
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from camtl.tasks.metrics import METRICS
@@ -53,6 +54,8 @@ class Classification(TaskType):
             if not value:
                 return None
             number = _as_int(value)
+            if number is not None and str(number) in names:
+                return names.index(str(number))
         elif isinstance(value, bool):
             for text in (str(value).lower(), str(value)):
                 if text in names:
@@ -84,7 +87,9 @@ class Classification(TaskType):
         """One output per class."""
         return HeadSpec(outputs=len(task.labels or ()))
 
-    def decode(self, logits: np.ndarray, task: Task) -> list[dict[str, Any]]:
+    def decode(
+        self, logits: np.ndarray, task: Task, mean: float = 0.0, deviation: float = 1.0
+    ) -> list[dict[str, Any]]:
         """``{"label", "score", "probabilities": {name: p}}`` per row; score is the label's probability."""
         import numpy as np
 
@@ -126,6 +131,6 @@ def _as_int(value: str | int | float) -> int | None:
 
 def _is_decimal(value: Any) -> bool:
     try:
-        return not float(value).is_integer()
+        return math.isfinite(float(value)) and not float(value).is_integer()
     except (TypeError, ValueError, OverflowError):
         return False

@@ -54,9 +54,11 @@ class Regression(TaskType):
         """One output."""
         return HeadSpec(outputs=1)
 
-    def decode(self, logits: np.ndarray, task: Task) -> list[dict[str, Any]]:
-        """``{"score": number}`` per row; ``logits`` are in the labels' own scale."""
-        return [{"score": float(value)} for value in logits[:, 0]]
+    def decode(
+        self, logits: np.ndarray, task: Task, mean: float = 0.0, deviation: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """``{"score": number}`` per row, in the labels' own scale."""
+        return [{"score": float(value) * deviation + mean} for value in logits[:, 0]]
 
     def compute_metrics(self, logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, float]:
         """Correlations of column 0 with the labels (they do not depend on the scale)."""
