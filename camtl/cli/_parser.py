@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, NoReturn
 
 from camtl.errors import UsageError
@@ -14,6 +14,7 @@ _CHOICE = re.compile(
     r"argument (?P<name>\S+): invalid choice: '(?P<given>.*?)' \(choose from (?P<choices>.*)\)$"
 )
 _HELP_WIDTH = 100
+_MARK = "\0"  # no argument of a command line can hold it
 
 
 def suggestion(given: str, known: Iterable[str]) -> str:
@@ -22,18 +23,42 @@ def suggestion(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
-def normalise_flags(argv: Sequence[str]) -> list[str]:
-    """Spell flag names with underscores (``--data-dir=x`` becomes ``--data_dir=x``); values are untouched."""
+def normalise_flags(
+    argv: Sequence[str], options: Container[str], text_options: Container[str] = ()
+) -> list[str]:
+    """Spell the names of ``options`` with underscores (``--data-dir=x`` becomes ``--data_dir=x``).
+
+    Nothing else is changed, but for the values of ``text_options``: one that begins with ``-`` gets a mark in
+    front, which keeps argparse from taking it for an option; :func:`text` removes it.
+    """
     result: list[str] = []
+    values: int | None = None  # how many values the text option that we are in has had
     for position, token in enumerate(argv):
         if token == "--":
             return [*result, *argv[position:]]
-        if re.match(r"--[A-Za-z]", token):
-            name, equals, value = token.partition("=")
-            result.append("--" + name[2:].replace("-", "_") + equals + value)
+        name, equals, value = token.partition("=")
+        plain = "--" + name[2:].replace("-", "_") if re.match(r"--[A-Za-z]", name) else name
+        if values is not None and _is_text(token, plain in options, first=values == 0):
+            values += 1
+            result.append(_MARK + token if token.startswith("-") else token)
+        elif plain in options and token.startswith("-"):
+            values = 0 if plain in text_options and not equals else None
+            result.append(plain + equals + value)
         else:
             result.append(token)
     return result
+
+
+def _is_text(token: str, is_option: bool, first: bool) -> bool:
+    if not token.startswith("-") or any(character.isspace() for character in token):
+        return True
+    # `--word` behind a first text is rather a misspelt option than a second text.
+    return not is_option and (first or not token.startswith("--"))
+
+
+def text(value: str) -> str:
+    """Read the value of a text option as it was given."""
+    return value.removeprefix(_MARK)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -117,7 +142,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse ``argv`` (either spelling of flag names); raise :class:`UsageError` for anything unknown."""
-        namespace, extra = self.parse_known_args(normalise_flags(argv))
+        options = {option: action for action in self._actions for option in action.option_strings}
+        texts = {option for option, action in options.items() if action.type is text}
+        namespace, extra = self.parse_known_args(normalise_flags(argv, options, texts))
         if extra:
             self.reject(extra)
         return namespace

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camtl._io import read_json, write_json
-from camtl.errors import UsageError
+from camtl.errors import CamtlError, UsageError
 
 if TYPE_CHECKING:
+    from camtl.models import CaMtlForMultiTask
     from camtl.tasks import Task
 
 RUN_FILE = "run.json"
@@ -31,7 +34,7 @@ def open_run(path: str) -> Path:
             f"{path}: holds no trained model ({' and '.join(missing)} missing); "
             "give the output folder of camtl train"
         )
-    kind = read_json(folder / "config.json").get("model_type")
+    kind = read_config_json(folder).get("model_type")
     if kind != "ca-mtl":
         raise UsageError(
             f"{path}: holds a {kind or 'model of unknown type'} checkpoint, not one trained by camtl; "
@@ -40,14 +43,47 @@ def open_run(path: str) -> Path:
     return folder
 
 
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """Return the ``config.json`` of a model folder; anything but an object raises :class:`UsageError`."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UsageError(
+            f"{folder / 'config.json'}: holds a {type(config).__name__} instead of a model's settings; "
+            "give another model folder"
+        )
+    return config
+
+
+def load_trained(folder: Path) -> CaMtlForMultiTask:
+    """Load the model of a run; damaged weights raise :class:`CamtlError` naming the file."""
+    from camtl.models import CaMtlForMultiTask
+    from camtl.training.resume import safetensors_fault
+
+    for file in sorted(folder.glob("model*.safetensors")):
+        if fault := safetensors_fault(file):
+            raise CamtlError(
+                f"{file} is damaged or was not copied whole ({fault}); copy it again, or use a checkpoint-N "
+                "folder of the run"
+            )
+    return CaMtlForMultiTask.from_pretrained(str(folder))
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """Return the place of a run's file; a checkpoint's is the folder around it."""
+    within = folder / name
+    around = folder.resolve().parent / name
+    return around if folder.resolve().name.startswith("checkpoint-") and not within.exists() else within
+
+
 def run_tasks(folder: Path) -> list[Task]:
-    """Return the tasks of a run, in the order of the model's heads."""
+    """Return the tasks of a run or of one of its checkpoints, in the order of the model's heads."""
     from camtl.tasks import Task, load_tasks_yaml
 
-    config = read_json(folder / "config.json")
+    config = read_config_json(folder)
     names = list(config.get("tasks") or [])
-    if (folder / TASKS_FILE).exists():
-        described = {task.name: task for task in load_tasks_yaml(folder / TASKS_FILE)}
+    described_in = _beside(folder, TASKS_FILE)
+    if described_in.exists():
+        described = {task.name: task for task in load_tasks_yaml(described_in)}
         if set(names) <= set(described):
             return [described[name] for name in names]
     return [Task.from_config(info) for info in config.get("task_info") or []]
@@ -77,8 +113,25 @@ def write_run(folder: Path, values: Mapping[str, Any]) -> None:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """Return what :func:`write_run` recorded; empty for a folder without it."""
-    path = folder / RUN_FILE
-    return dict(read_json(path)) if path.exists() else {}
+    path = _beside(folder, RUN_FILE)
+    record = read_json(path) if path.exists() else {}
+    return record if isinstance(record, dict) else {}
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise :class:`UsageError` naming ``flag`` if ``folder`` cannot be made or written; leaves nothing."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there) as handle:
+            handle.write(b"0")
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise UsageError(
+            f"{flag} {folder}: cannot be written ({there}: {error.strerror or error}); give another folder"
+        ) from None
 
 
 def is_main_process() -> bool:
@@ -90,6 +143,20 @@ def note(text: str) -> None:
     """Print one remark to stderr, from one process of a run only."""
     if is_main_process():
         print(f"camtl: {text}", file=sys.stderr)
+
+
+def note_backend(name: str) -> None:
+    """Say once which ops a preferred backend cannot run here; the ops' own warnings of this are dropped."""
+    import warnings
+
+    from camtl.ops import backend_report
+
+    absent = {entry["op"]: entry["reason"] for entry in backend_report() if entry["backend"] == name}
+    absent = {op: reason for op, reason in absent.items() if reason}
+    if absent:
+        reasons = "; ".join(dict.fromkeys(absent.values()))
+        note(f"backend {name}: {', '.join(absent)} run on the fastest one that there is instead: {reasons}")
+        warnings.filterwarnings("ignore", message=rf"({'|'.join(absent)}): the preferred backend")
 
 
 def prepare_libraries(log_level: str | None = None) -> None:
@@ -110,6 +177,8 @@ def prepare_libraries(log_level: str | None = None) -> None:
         for name in ("accelerate", "httpx", "huggingface_hub", "filelock"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"torch|transformers|accelerate|datasets|multiprocess")
+    if preferred := os.environ.get("CAMTL_BACKEND"):
+        note_backend(preferred)
     own = logging.getLogger("camtl")
     if not own.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from camtl._io import write_json
 from camtl._version import __version__
 from camtl.cli._encoder import ALIAS, ALIAS_HUB_ID, FALLBACK_LABEL
 from camtl.cli._run_folder import TASKS_FILE, is_main_process, note, write_run
 from camtl.cli.train import TrainRequest
 from camtl.reports import ModelCard, Results, print_results, write_curves, write_model_card
+
+if TYPE_CHECKING:
+    from camtl.tasks import Task
 
 _HYPER_PARAMETERS = (
     "learning_rate",
@@ -58,11 +60,10 @@ def finish(outcome: Outcome) -> None:
         return
     from camtl.tasks import dump_tasks_yaml
 
-    train_metrics, eval_metrics = _plain(outcome.train_metrics), _plain(outcome.eval_metrics)
     dump_tasks_yaml(tasks, output_dir / TASKS_FILE)
-    write_json(output_dir / "train_results.json", train_metrics)
-    write_json(output_dir / "eval_results.json", eval_metrics)
-    write_json(output_dir / "all_results.json", {**train_metrics, **eval_metrics})
+    (output_dir / "all_results.json").unlink(missing_ok=True)  # of an older run; the next two fill it anew
+    trainer.save_metrics("train", _plain(outcome.train_metrics))
+    trainer.save_metrics("eval", _plain(outcome.eval_metrics))
     trainer.save_state()
     write_run(output_dir, _run_record(outcome))
     problem = write_curves(
@@ -91,6 +92,9 @@ def _run_record(outcome: Outcome) -> dict[str, Any]:
         "model_name_or_path": request.model.model_name_or_path,
         "data_dir": os.path.abspath(data_dir) if data_dir else None,
         "max_eval_samples": request.data.max_eval_samples,
+        "evaluated_splits": {
+            name: [split for split in splits if split != "train"] for name, splits in outcome.data.items()
+        },
         "bf16": request.training.bf16,
         "per_device_eval_batch_size": request.training.per_device_eval_batch_size,
         "constant_answers": {name: entry["answer"] for (name, _), entry in outcome.baselines.items()},
@@ -139,7 +143,21 @@ def model_card(outcome: Outcome, has_curves: bool) -> ModelCard:
         command=request.command,
         folder=str(request.output_dir),
         has_curves=has_curves,
+        hub_tasks=[task.name for task in request.tasks if _is_from_hub(task, request.data.data_dir)],
+        row_limits={
+            name: most
+            for name, most in (
+                ("training", request.data.max_train_samples),
+                ("validation", request.data.max_eval_samples),
+            )
+            if most is not None
+        },
     )
+
+
+def _is_from_hub(task: Task, data_dir: str | None) -> bool:
+    """Whether the rows were those of the task's hub data set: no files of its own, no folder given."""
+    return not task.files and data_dir is None and bool(task.source and task.source.hub)
 
 
 def encoder_sizes(config: Any) -> str:

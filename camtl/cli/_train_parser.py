@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import types
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -50,6 +49,8 @@ _TEXTS = {
 }
 # Taken by camtl's own options or without meaning here.
 _HIDDEN = {"debug", "do_train", "do_eval", "do_predict", "local_rank"}
+# Stand in many scripts; every run trains, and ends with an evaluation.
+IGNORED = ("do_train", "do_eval", "do_predict")
 
 
 def build_parser(full: bool) -> CommandParser:
@@ -66,6 +67,16 @@ def build_parser(full: bool) -> CommandParser:
     _add_training(parser, full)
     switches = parser.add_argument_group("single switches of the model (default: as in the preset)")
     _add_dataclass(switches, SwitchArguments)
+    for name in IGNORED:
+        parser.add_argument(
+            f"--{name}",
+            type=boolean,
+            nargs="?",
+            const=True,
+            metavar="",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
     parser.general.add_argument(
         "--help_all", action="store_true", help="show every training argument of Hugging Face's Trainer too"
     )
@@ -201,25 +212,13 @@ def read_config(parser: CommandParser, path: str) -> dict[str, Any]:
 
     ``tasks`` may be a list of names, of task descriptions (mappings), or of both.
     """
-    import yaml
+    from camtl.tasks.files import load_yaml
 
-    class Loader(yaml.SafeLoader):
-        """Only true and false are booleans, as in YAML 1.2: in `eval_strategy: no`, no is a word."""
-
-    boolean_tag = "tag:yaml.org,2002:bool"
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != boolean_tag]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    Loader.add_implicit_resolver(boolean_tag, re.compile(r"^(?:true|false)$"), list("tf"))
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=Loader)
-    except FileNotFoundError:
-        raise UsageError(f"--config {path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{place}: not YAML ({getattr(error, 'problem', None) or error})") from None
+    if Path(path).is_dir():
+        raise UsageError(f"--config {path}: is a folder; give a YAML file")
+    if not Path(path).exists():
+        raise UsageError(f"--config {path}: no such file")
+    content = load_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -228,6 +227,7 @@ def read_config(parser: CommandParser, path: str) -> dict[str, Any]:
     for action in parser._actions:
         for option in action.option_strings:
             actions[option.lstrip("-")] = action
+    fields = {action.dest for action in parser._actions}
     known = set(actions) - {"h", "help", "help_all", "debug", "config"}
     values: dict[str, Any] = {}
     for raw_key, value in content.items():
@@ -237,6 +237,8 @@ def read_config(parser: CommandParser, path: str) -> dict[str, Any]:
                 f"{path}: unknown key {raw_key!r}{suggestion(key, known)} "
                 "(keys are the flags of camtl train --help-all)"
             )
+        if key.startswith("no_") and key not in fields:
+            raise UsageError(f"{path}: key {raw_key!r}: write `{key.removeprefix('no_')}: false` instead")
         if value is None:
             continue
         if key == "tasks" and isinstance(value, list) and any(isinstance(item, dict) for item in value):
@@ -257,6 +259,6 @@ def read_config(parser: CommandParser, path: str) -> dict[str, Any]:
 def _tokens(key: str, value: Any, action: argparse.Action) -> list[str]:
     if isinstance(value, list) and action.nargs == "+":
         return [f"--{key}", *map(str, value)]
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, bool)):
         return [f"--{key}={json.dumps(value)}"]
     return [f"--{key}={value}"]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from camtl.cli._encoder import load_model
 from camtl.cli._errors import InterruptedRunError
-from camtl.cli._run_folder import is_main_process, note
+from camtl.cli._run_folder import check_writable, is_main_process, note
 from camtl.cli._train_finish import Outcome, encoder_sizes, finish
 from camtl.cli.train import TrainRequest
-from camtl.errors import UsageError
+from camtl.errors import CamtlError, UsageError
 from camtl.reports import Results, baselines_for, collect_results, print_table
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def train(request: TrainRequest) -> Results:
     args, output_dir = request.training, request.output_dir
     set_seed(args.seed)
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, output_dir)
-    _announce(request, checkpoint)
+    check_writable(output_dir, "--output_dir")
     data = load_data(request)
     model, label = load_model(
         str(request.model.model_name_or_path),
@@ -42,8 +42,10 @@ def train(request: TrainRequest) -> Results:
     )
     trainer = make_trainer(request, model, data)
     baselines = baselines_for(request.tasks, data)
+    plan = planned_steps(trainer)
+    _announce(request, checkpoint)
     if is_main_process():
-        _print_plan(request, trainer, data, label)
+        _print_plan(request, trainer, data, label, plan)
     started = time.time()
     try:
         trained = trainer.train(resume_from_checkpoint=checkpoint)
@@ -52,12 +54,28 @@ def train(request: TrainRequest) -> Results:
         raise _interrupted(trainer, started) from None
     results = collect_results(metrics, request.tasks, baselines)
     finish(Outcome(request, trainer, data, label, baselines, trained.metrics, metrics, results))
+    _check_finite({**trained.metrics, **metrics}, args)
     return results
+
+
+def _check_finite(metrics: Mapping[str, Any], args: Any) -> None:
+    """Raise if the run has diverged: its scores are then those of a constant answer."""
+    broken = [
+        f"{name} {metrics[name]}"
+        for name in ("train_loss", "eval_loss")
+        if name in metrics and not math.isfinite(metrics[name])
+    ]
+    if broken:
+        raise CamtlError(
+            f"the losses are not finite ({', '.join(broken)}): training has diverged and the scores mean "
+            f"nothing; lower --learning_rate (it was {args.learning_rate:g}) or --max_grad_norm (it was "
+            f"{args.max_grad_norm:g}; 0 clips nothing)"
+        )
 
 
 def load_data(request: TrainRequest) -> dict[str, dict[str, Any]]:
     """Load every task's train and evaluation rows, cut to the given numbers: ``{task: {split: Dataset}}``."""
-    from camtl.data import load_task
+    from camtl.data import load_task, subset
 
     loaded: dict[str, dict[str, Any]] = {}
     for task in request.tasks:
@@ -71,10 +89,12 @@ def load_data(request: TrainRequest) -> dict[str, dict[str, Any]]:
                 f"task {task.name!r} has no rows to evaluate (a file called {task.eval_splits[0]}.jsonl, "
                 ".csv, .tsv or .parquet); every run ends with an evaluation"
             )
+        for split in task.eval_splits:
+            if split not in splits:
+                note(f"task {task.name!r} has no {split} rows: the run is evaluated without them")
         for split, rows in splits.items():
             most = request.data.max_train_samples if split == "train" else request.data.max_eval_samples
-            if most is not None and most < len(rows):
-                splits[split] = rows.select(range(most))
+            splits[split] = subset(rows, most)
         loaded[task.name] = splits
     return loaded
 
@@ -124,11 +144,15 @@ def _announce(request: TrainRequest, checkpoint: str | None) -> None:
 
 
 def _print_plan(
-    request: TrainRequest, trainer: Any, data: Mapping[str, Mapping[str, Any]], label: str
+    request: TrainRequest,
+    trainer: Any,
+    data: Mapping[str, Mapping[str, Any]],
+    label: str,
+    plan: tuple[int, int],
 ) -> None:
     args, model = request.training, trainer.model
     config, counts = model.config, model.parameter_counts()
-    steps, epoch_steps = planned_steps(trainer)
+    steps, epoch_steps = plan
     print(f"encoder     {label}: {encoder_sizes(config)}")
     print(f"model       preset {config.preset}, up to {config.max_seq_length} tokens{_switches(request)}")
     print(
@@ -162,8 +186,13 @@ def _print_plan(
 
 def planned_steps(trainer: Any) -> tuple[int, int]:
     """Return (optimizer steps of the run, optimizer steps of one epoch)."""
+    from camtl.training.sampling import build_sampler
+
     args = trainer.args
-    trainer.get_train_dataloader()  # makes the sampler, which knows the length of an epoch
+    # The sampler knows the length of an epoch. The loader, which training makes, would be one too many.
+    trainer.train_sampler = build_sampler(
+        trainer.sampler, trainer.train_dataset.sizes, args.train_batch_size, trainer.data_seed, args
+    )
     epoch_steps = trainer.updates_per_epoch()
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
     return steps, epoch_steps

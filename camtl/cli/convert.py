@@ -189,15 +189,13 @@ def _to_reference(args: argparse.Namespace) -> int:
     if not args.output.endswith((".bin", ".pt", ".safetensors")):
         raise UsageError(f"--output {args.output}: the name must end in .bin, .pt or .safetensors")
     from camtl._io import atomic_write
-    from camtl.cli._run_folder import open_run, prepare_libraries
+    from camtl.cli._run_folder import load_trained, open_run, prepare_libraries
 
     folder = open_run(args.to_reference)
     prepare_libraries()
     import torch
 
-    from camtl.models import CaMtlForMultiTask
-
-    state = CaMtlForMultiTask.from_pretrained(str(folder)).to_reference()
+    state = load_trained(folder).to_reference()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     if args.output.endswith(".safetensors"):
         from safetensors.torch import save

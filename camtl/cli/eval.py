@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,11 @@ def run(argv: Sequence[str]) -> int:
         metavar="DIR",
         help="folder with <task>/<split>.{jsonl,jsonl.gz,csv,tsv,parquet} (default: what training used)",
     )
-    data.add_argument("--split", metavar="NAME", help="which part (default: each task's validation sets)")
     data.add_argument(
-        "--max_eval_samples", metavar="N", type=positive, help="at most N rows of each task and part"
+        "--split", metavar="NAME", help="which part (default: the validation sets that there are)"
+    )
+    data.add_argument(
+        "--max_eval_samples", metavar="N", type=positive, help="a random N rows of each task and part"
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -71,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from camtl._io import write_json
-    from camtl.cli._run_folder import choose_tasks, open_run, prepare_libraries, read_run, run_tasks
+    from camtl.cli._run_folder import choose_tasks, note, open_run, prepare_libraries, read_run, run_tasks
 
     folder = open_run(args.run)
     tasks = choose_tasks(run_tasks(folder), args.tasks, folder)
@@ -83,24 +85,45 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     metrics = _metrics(folder, data, args, record)
     results = collect_results(metrics, tasks, baselines_for(tasks, data, record.get("constant_answers")))
-    target = (
-        Path(args.output_file)
-        if args.output_file
-        else folder / f"eval_{args.split or 'validation'}_results.json"
-    )
-    write_json(target, metrics)
     if args.json:
         print(json.dumps(metrics, indent=2))
     else:
         print_results(results)
-        print(f"\nall numbers are in {target}")
+    target = Path(args.output_file or folder / f"eval_{args.split or 'validation'}_results.json")
+    try:
+        write_json(target, metrics)
+    except OSError as error:
+        if args.output_file:
+            raise UsageError(f"--output_file {target}: {error.strerror or error}") from None
+        note(f"the numbers were not saved as {target} ({error.strerror or error}); use --output_file")
+    else:
+        if not args.json:
+            print(f"\nall numbers are in {target}")
     return 0
+
+
+def _splits(task: Task, data_dir: str | None, args: argparse.Namespace, record: Mapping[str, Any]) -> Any:
+    """Return the splits to evaluate: the one asked for, those that training evaluated, or those there are."""
+    if args.split:
+        return (args.split,)
+    recorded = record.get("evaluated_splits", {}).get(task.name)
+    if recorded and args.data_dir is None:
+        return recorded
+    there: Iterable[str] = task.eval_splits
+    if data_dir is not None and (Path(data_dir) / task.name).is_dir():
+        from camtl.data.loading import folder_files
+
+        there = folder_files(data_dir, task, task.eval_splits)
+    elif task.files and args.data_dir is None:
+        there = task.files
+    # Without any, loading says what it looked for.
+    return [split for split in task.eval_splits if split in there] or task.eval_splits
 
 
 def _load(
     tasks: Sequence[Task], args: argparse.Namespace, record: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    from camtl.data import load_task
+    from camtl.data import load_task, subset
 
     own_data = args.data_dir is None
     data_dir = record.get("data_dir") if own_data else args.data_dir
@@ -111,9 +134,8 @@ def _load(
     for task in tasks:
         # A task of one-off files carries their names; a folder given here goes before them.
         source = task if own_data else task.model_copy(update={"files": None})
-        splits = (args.split,) if args.split else task.eval_splits
         try:
-            rows = load_task(source, data_dir, splits=splits)
+            rows = load_task(source, data_dir, splits=_splits(task, data_dir, args, record))
         except UsageError as error:
             if own_data and data_dir and not Path(data_dir).is_dir():
                 raise UsageError(
@@ -123,10 +145,7 @@ def _load(
             raise error
         for split, part in rows.items():
             _check_labels(task, split, part)
-        data[task.name] = {
-            split: part.select(range(most)) if most is not None and most < len(part) else part
-            for split, part in rows.items()
-        }
+        data[task.name] = {split: subset(part, most) for split, part in rows.items()}
     return data
 
 
@@ -145,14 +164,14 @@ def _metrics(
 ) -> dict[str, Any]:
     import torch
 
+    from camtl.cli._run_folder import load_trained
     from camtl.cli.predict import pick_device
-    from camtl.models import CaMtlForMultiTask
     from camtl.training.arguments import CaMtlTrainingArguments
     from camtl.training.callbacks import TaskProgressCallback
     from camtl.training.trainer import CaMtlTrainer
 
     device = pick_device(args.device, torch)
-    model = CaMtlForMultiTask.from_pretrained(str(folder))
+    model = load_trained(folder)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = CaMtlTrainer(
             model=model,

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from camtl.cli._parser import CommandParser, positive
+from camtl.cli._parser import CommandParser, positive, text
 from camtl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def run(argv: Sequence[str]) -> int:
         metavar="TEXT [TEXT]",
         nargs="+",
         action="append",
+        type=text,
         help="a text, or both texts of a pair; repeatable",
     )
     source.add_argument(
@@ -119,12 +120,10 @@ def _labeller(
 ) -> Callable[[list[Row]], list[Row]]:
     import torch
 
-    from camtl.cli._run_folder import prepare_libraries
+    from camtl.cli._run_folder import load_trained, prepare_libraries
 
     prepare_libraries()
-    from camtl.models import CaMtlForMultiTask
-
-    model = CaMtlForMultiTask.from_pretrained(str(folder))
+    model = load_trained(folder)
     model.to(pick_device(device, torch))
     model.eval()
 
@@ -133,9 +132,16 @@ def _labeller(
         answers = model.predict(
             [text if task.is_pair else text[0] for text in texts], task=task.name, batch_size=batch_size
         )
-        return [{**row, **answer} for row, answer in zip(rows, answers, strict=True)]
+        return [{**row, **_rounded(answer)} for row, answer in zip(rows, answers, strict=True)]
 
     return label
+
+
+def _rounded(value: Any) -> Any:
+    """Round to the digits that float32 can tell apart; more would only look exact."""
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def pick_device(name: str | None, torch: Any) -> Any:
@@ -209,16 +215,10 @@ def _file_rows(path: str, task: Task) -> list[Row]:
             f"{', '.join(map(repr, missing))}; the columns there are: {', '.join(table.columns)}"
         )
     kept = [column for column in _KEPT if column in table.columns and column not in task.text_columns]
-    rows = []
-    for number in range(len(table)):
-        row = {column: table.columns[column][number] for column in (*kept, *task.text_columns)}
-        for column in task.text_columns:
-            if not isinstance(row[column], str):
-                raise UsageError(
-                    f"{table.where(number)}: the column {column!r} holds {row[column]!r}, not text"
-                )
-        rows.append(row)
-    return rows
+    texts = {column: table.columns[column] for column in task.text_columns}
+    columns = {column: table.columns[column] for column in kept}
+    columns |= task.task_type.prepare(task, texts, table.where, allow_unlabelled=True)
+    return [{column: values[number] for column, values in columns.items()} for number in range(len(table))]
 
 
 def _flat(row: Row) -> Row:

@@ -27,6 +27,7 @@ _ACTIONS = ("list", "show", "check")
 
 def run(argv: Sequence[str]) -> int:
     """Run ``camtl tasks ...``."""
+    argv = argv[1:] if argv[:1] == ["--debug"] else argv
     if not argv or argv[0] in {"-h", "--help"}:
         _overview().print_help()
         return 0 if argv else 2
@@ -163,7 +164,7 @@ def _check_task(args: argparse.Namespace) -> int:
     rows: dict[str, list[tuple[str, ...]]] = {}
     tables = _tables(task, args.data_dir)
     for split, table in tables.items():
-        good, problems = _rows(task, table)
+        good, problems = _rows(task, table, allow_unlabelled=split == "test")
         heading = f"{split}: {table.path}, {len(table):,} rows"
         _describe(task, heading, good, problems, args.max_errors)
         bad += len(problems)
@@ -183,10 +184,14 @@ def _check_task(args: argparse.Namespace) -> int:
 
 def _tables(task: Task, data_dir: str | None) -> dict[str, Table]:
     from camtl.data.files import SUFFIXES, Table, read_table
+    from camtl.data.loading import folder_files
 
-    if task.files:
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise UsageError(f"--data_dir {data_dir}: no such folder")
+    in_folder = data_dir is not None and (Path(data_dir) / task.name).is_dir()
+    if task.files and not in_folder:
         return {split: read_table(path) for split, path in task.files.items()}
-    if data_dir is None:
+    if data_dir is None or (task.source and task.source.demo and not in_folder):
         # Generated rows and the hub's: loading them is their check, and there are no lines to point at.
         from camtl.data import load_task
 
@@ -195,43 +200,37 @@ def _tables(task: Task, data_dir: str | None) -> dict[str, Table]:
             split: Table(f"{_source(task, None)}, {split}", {c: list(d[c]) for c in d.column_names}, None)
             for split, d in data.items()
         }
-    folder = Path(data_dir) / task.name
-    if not folder.is_dir():
-        raise UsageError(f"--data_dir {data_dir}: has no folder {task.name!r} for the task of that name")
-    tables = {}
-    for split in ("train", *task.eval_splits, "test"):
-        paths = [folder / f"{split}{suffix}{zipped}" for suffix in SUFFIXES for zipped in ("", ".gz")]
-        found = [path for path in paths if path.is_file()]
-        if len(found) > 1:
-            raise UsageError(f"{folder}: holds {' and '.join(path.name for path in found)}; keep one of them")
-        if found:
-            tables[split] = read_table(found[0])
-    if not tables:
+    files = folder_files(data_dir, task, ("train", *task.eval_splits, "test"))
+    if not files:
         raise UsageError(
-            f"{folder}: holds neither train nor validation files ({', '.join(SUFFIXES)}, also .gz)"
+            f"{Path(data_dir) / task.name}: holds neither train nor validation files "
+            f"({', '.join(SUFFIXES)}, also .gz)"
         )
-    return tables
+    return {split: read_table(path) for split, path in files.items()}
 
 
-def _rows(task: Task, table: Table) -> tuple[list[tuple[Any, ...]], list[str]]:
-    """Sort a table's rows into usable ones (texts and label) and messages about the others."""
-    missing = [name for name in (*task.text_columns, task.label_column) if name not in table.columns]
+def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[list[tuple[Any, ...]], list[str]]:
+    """Sort a table's rows into usable ones (texts, and label or None) and messages about the others."""
+    names = [*task.text_columns, task.label_column]
+    if allow_unlabelled and task.label_column not in table.columns:
+        names.remove(task.label_column)
+    missing = [name for name in names if name not in table.columns]
     if missing:
         raise UsageError(
             f"{table.path}: task {task.name!r} needs the column {missing[0]!r}; the columns there are: "
             f"{', '.join(table.columns)}"
         )
-    names = (*task.text_columns, task.label_column)
     good: list[tuple[Any, ...]] = []
     problems: list[str] = []
     for number in range(len(table)):
         one = {name: [table.columns[name][number]] for name in names}
         try:
-            prepared = task.task_type.prepare(task, one, partial(_where, table, number))
+            prepared = task.task_type.prepare(task, one, partial(_where, table, number), allow_unlabelled)
         except UsageError as error:
             problems.append(str(error))
         else:
-            good.append(tuple(prepared[name][0] for name in names))
+            texts = (prepared[name][0] for name in task.text_columns)
+            good.append((*texts, prepared.get(task.label_column, [None])[0]))
     return good, problems
 
 
@@ -247,8 +246,12 @@ def _describe(task: Task, heading: str, good: list[tuple[Any, ...]], problems: l
         print(f"  ... and {len(problems) - limit:,} more bad rows")
     if not good:
         return
-    labels = [row[-1] for row in good]
-    if task.labels:
+    labels = [row[-1] for row in good if row[-1] is not None]
+    if len(labels) < len(good):
+        print(f"  rows without a label: {len(good) - len(labels):,}")
+    if not labels:
+        pass
+    elif task.labels:
         counts = Counter(labels)
         shares = (
             f"{name} {counts[i]:,} ({counts[i] / len(labels):.1%})" for i, name in enumerate(task.labels)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from camtl.cli._train_parser import build_parser, parse
+from camtl.cli._run_folder import note, note_backend
+from camtl.cli._train_parser import IGNORED, build_parser, parse
 from camtl.cli.train_arguments import DataArguments, ModelArguments, SwitchArguments, training_defaults
 from camtl.errors import UsageError
 
@@ -34,7 +35,9 @@ class TrainRequest:
     @property
     def model_options(self) -> dict[str, Any]:
         """What ``from_pretrained`` gets: only what was given, so that a trained folder keeps its own."""
-        given = {"preset": self.model.preset, "max_seq_length": self.model.max_seq_length}
+        given: dict[str, Any] = {"preset": self.model.preset, "max_seq_length": self.model.max_seq_length}
+        if self.model.packed is not None:
+            given["packed"] = {"true": True, "false": False}.get(self.model.packed, self.model.packed)
         return {name: value for name, value in given.items() if value is not None} | self.switches
 
     @property
@@ -69,6 +72,8 @@ def read_request(given: dict[str, Any], command: str = "") -> TrainRequest:
         UsageError: no encoder, no tasks, options that contradict each other, values nothing accepts.
     """
     given = dict(given)
+    if ignored := [f"--{name}" for name in IGNORED if given.pop(name, None) is not None]:
+        note(f"{' '.join(ignored)}: not needed; every run trains, and ends with one evaluation")
     model = ModelArguments(**_take(given, ModelArguments))
     switches = _take(given, SwitchArguments)
     data = DataArguments(**_take(given, DataArguments))
@@ -107,6 +112,8 @@ def _check(model: ModelArguments, data: DataArguments) -> None:
         for name in ("validation_file", "text_column", "label_column", "task_name", "task_type"):
             if getattr(data, name) is not None:
                 raise UsageError(f"--{name} belongs to a task of your own: give its --train_file too")
+        if data.tasks is not None and not any(_names(item) for item in data.tasks):
+            data.tasks = None
         if not data.tasks and data.tasks_file is None:
             raise UsageError(
                 "say what to train on: --tasks cola,mrpc (see camtl tasks list), --tasks_file FILE, "
@@ -130,6 +137,11 @@ def _check(model: ModelArguments, data: DataArguments) -> None:
             raise UsageError(f"--{name} {value}: must be at least 1")
     if model.max_seq_length is not None and model.max_seq_length < 4:
         raise UsageError(f"--max_seq_length {model.max_seq_length}: must be at least 4")
+
+
+def _names(item: Any) -> Any:
+    """Return the names in one value of --tasks (or the description that a config file has in its place)."""
+    return [name for name in item.split(",") if name.strip()] if isinstance(item, str) else item
 
 
 def _tasks(data: DataArguments) -> list[Task]:
@@ -159,3 +171,4 @@ def _set_backend(name: str) -> None:
         set_backend(name)
     except ValueError as error:
         raise UsageError(f"--backend {name}: {error}") from None
+    note_backend(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+PACKED = ("auto", "true", "false")
 PRESETS = ("ca-mtl", "ca-mtl-base", "ca-mtl-large")
 
 
@@ -37,6 +38,11 @@ class ModelArguments:
     )
     backend: str | None = _option(
         "implementation of the ops; see camtl info (default: the fastest that runs)", metavar="NAME"
+    )
+    packed: str | None = _option(
+        "true: padding is taken out inside the model (faster on CPUs); false: never; auto: as input comes "
+        "(default: auto)",
+        choices=PACKED,
     )
 
 
@@ -91,8 +97,12 @@ class DataArguments:
     task_type: str | None = _option(
         "its type (default: regression if labels have decimals)", choices=("classification", "regression")
     )
-    max_train_samples: int | None = _option("use at most N training rows of each task", metavar="N")
-    max_eval_samples: int | None = _option("use at most N validation rows of each task", metavar="N")
+    max_train_samples: int | None = _option(
+        "use a random N of the training rows of each task (if it has more)", metavar="N"
+    )
+    max_eval_samples: int | None = _option(
+        "use a random N of the validation rows of each task (if it has more)", metavar="N"
+    )
 
 
 # The training arguments that people need, as (name, metavar, help), by group. Every other field of

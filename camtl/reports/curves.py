@@ -100,7 +100,7 @@ def write_curves(
         _score_panel(lower[number], history, task, _baseline(task, tasks, baselines or {}), legend)
         for panel in (upper[number], lower[number]):
             panel.set_title(name, fontsize=9, loc="left", fontweight="bold")
-            panel.set_xlim(0, last_step * 1.04)
+            panel.set_xlim(0, max(last_step, 1) * 1.04)
         upper[number].set_ylabel(_loss_label(task), fontsize=7)
         lower[number].set_ylim(1.08 * low, 1.0)
     for panels, block_title in ((upper, "training loss"), (lower, "validation scores")):

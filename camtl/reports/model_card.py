@@ -40,6 +40,8 @@ class ModelCard:
         command: the command line of the run.
         folder: where the model lies, as the code of the card should write it.
         has_curves: whether ``learning_curves.png`` lies beside the card.
+        hub_tasks: names of the tasks whose rows came from their hub data sets, not from local files.
+        row_limits: where rows were left out: ``{"training" | "validation": most rows of each task}``.
     """
 
     name: str
@@ -55,6 +57,8 @@ class ModelCard:
     command: str = ""
     folder: str = "."
     has_curves: bool = False
+    hub_tasks: Sequence[str] = ()
+    row_limits: Mapping[str, int] = field(default_factory=dict)
 
 
 SWITCHES = (
@@ -117,7 +121,7 @@ def front_matter(card: ModelCard) -> dict[str, Any]:
     }
     if _is_hub_id(card.base_model):
         matter["base_model"] = card.base_model
-    datasets = sorted({source for task in card.tasks if (source := _hub_source(task))})
+    datasets = sorted({source for task in card.tasks if (source := _hub_source(card, task))})
     if datasets:
         matter["datasets"] = datasets
     matter["metrics"] = sorted({_hub_metric(metric) for task in card.tasks for metric in task.metrics})
@@ -128,7 +132,11 @@ def front_matter(card: ModelCard) -> dict[str, Any]:
         results.append(
             {
                 "task": {"type": "text-classification", "name": f"{row.task} ({task.type})"},
-                "dataset": {"name": row.task, "type": _hub_source(task) or row.task, "split": row.split},
+                "dataset": {
+                    "name": row.task,
+                    "type": _hub_source(card, task) or row.task,
+                    "split": row.split,
+                },
                 "metrics": [
                     {"type": _hub_metric(name), "name": metric_title(name), "value": round(value, 4)}
                     for name, value in row.metrics.items()
@@ -149,8 +157,8 @@ def _is_hub_id(name: str) -> bool:
     )
 
 
-def _hub_source(task: Task) -> str | None:
-    return task.source.hub if task.source is not None else None
+def _hub_source(card: ModelCard, task: Task) -> str | None:
+    return task.source.hub if task.source is not None and task.name in card.hub_tasks else None
 
 
 def _hub_metric(name: str) -> str:
@@ -189,8 +197,10 @@ def _scores(card: ModelCard) -> str:
         return "No evaluation data was given."
     header, body = results_cells(card.results)
     table = _markdown(header, body, right={2, 3, 4})
+    most = card.row_limits.get("validation")
+    rows = f"at most {most:,} randomly chosen validation rows of each set" if most else "the validation rows"
     return (
-        f"{table}\n\nMeasured by this run on the validation rows, as fractions. A task's score is the mean "
+        f"{table}\n\nMeasured by this run on {rows}, as fractions. A task's score is the mean "
         "of its metrics. The majority baseline always gives the training part's most frequent class (or its "
         "mean) and is scored by the same metrics; task sigma is the population standard deviation of the "
         "tasks' scores. Validation rows may have been used to choose the checkpoint, so expect a little less "
@@ -245,6 +255,8 @@ def _tasks(card: ModelCard) -> str:
     notes = [f"- `{task.name}`: {task.description}" for task in card.tasks if task.description]
     licences = [f"- `{task.name}`: {task.licence}" for task in card.tasks if task.licence]
     parts = [table]
+    if "training" in card.row_limits:
+        parts.append(f"Trained on at most {card.row_limits['training']:,} randomly chosen rows of each task.")
     if notes:
         parts.append("\n".join(notes))
     if licences:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,3 +163,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, train_flags: list[str]) ->
     )
     assert outcome.code == 0, outcome.err
     return Run(folder, outcome)
+
+
+def copy_of(trained: Run, folder: Path) -> Path:
+    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    return folder

@@ -69,6 +69,19 @@ def test_check_lists_bad_rows_with_lines_counts_and_overlaps(run, tmp_path: Path
     assert outcome.out.splitlines()[-1] == "cola: 3 rows cannot be used"
 
 
+@pytest.mark.parametrize("row", [{"sentence": "a", "label": -1}, {"sentence": "a"}])
+def test_check_of_test_rows_without_labels(run, tmp_path: Path, row: dict) -> None:
+    good = [{"sentence": "text", "label": 1}, {"sentence": "other", "label": 0}]
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / "cola" / f"{split}.jsonl", good)
+    write_jsonl(tmp_path / "cola" / "test.jsonl", [row])
+    outcome = run("tasks", "check", "cola", "--data_dir", tmp_path)
+    assert outcome.code == 0, outcome.out
+    assert "rows without a label: 1" in outcome.out
+    write_jsonl(tmp_path / "cola" / "validation.jsonl", [row])
+    assert run("tasks", "check", "cola", "--data_dir", tmp_path).code == 2
+
+
 def test_check_of_regression_labels(run, data_dir: Path) -> None:
     outcome = run("tasks", "check", "stsb", "--data_dir", data_dir)
     assert outcome.code == 0

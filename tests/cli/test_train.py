@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from .conftest import Run, call, write_jsonl
+from .conftest import Run, call
 
 
 def read(path: Path):
@@ -113,10 +112,13 @@ def test_one_off_files(tmp_path: Path, encoder: Path) -> None:
         *("--validation_file", tmp_path / "dev.csv", "--text_column", "text", "--label_column", "mark"),
         *("--max_steps", 2, "--output_dir", tmp_path / "run", "--per_device_train_batch_size", 4),
         *("--max_train_samples", 12, "--max_eval_samples", 6, "--save_strategy", "no"),
+        *("--packed", "true"),
     )
     assert outcome.code == 0, outcome.err
     assert "eval_reviews_accuracy" in read(tmp_path / "run" / "eval_results.json")
-    assert read(tmp_path / "run" / "config.json")["task_info"][0]["labels"] == ["bad", "good"]
+    config = read(tmp_path / "run" / "config.json")
+    assert config["task_info"][0]["labels"] == ["bad", "good"]
+    assert config["packed"] is True
     plan = next(line for line in outcome.out.splitlines() if line.startswith("reviews "))
     assert plan.split()[-2:] == ["12", "6"]
     assert "average " not in outcome.out.split("majority baseline")[1]
@@ -128,6 +130,7 @@ def test_one_off_files(tmp_path: Path, encoder: Path) -> None:
         ([], ["--tasks", "--train_file"]),
         (["--tasks", "cola,cole"], ["unknown task 'cole'", "did you mean cola?"]),
         (["--tasks", "rte"], ["has no folder 'rte'", "cola"]),
+        (["--tasks", "cola", "--output_dir", "/proc/foo/bar"], ["--output_dir /proc/foo/bar", "another"]),
         (["--tasks", "cola", "--data_dir", "/nowhere"], ["/nowhere", "no such folder"]),
         (["--tasks", "cola", "--sampler", "uncertianty"], ["unknown sampler", "did you mean 'uncertainty'"]),
         (["--tasks", "cola", "--attention_bias", "blok"], ["--attention_bias", "block_diagonal"]),
@@ -146,67 +149,53 @@ def test_wrong_commands(train_flags: list[str], tmp_path: Path, flags: list[str]
         assert word in outcome.error_line
 
 
-def broken(folder: Path, train: list, validation: list | None = None) -> Path:
-    good = [{"sentence": "the cat sleeps", "label": 1}, {"sentence": "cat the", "label": 0}]
-    for split, rows in (("train", train), ("validation", good if validation is None else validation)):
-        path = folder / "cola" / f"{split}.jsonl"
-        if rows and isinstance(rows[0], str):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(rows))
-        else:
-            write_jsonl(path, rows)
-    return folder
+def test_a_run_that_diverged_fails_when_all_is_saved(train_flags: list[str], tmp_path: Path) -> None:
+    outcome = call(
+        *("train", *train_flags, "--tasks", "stsb", "--max_steps", 3, "--output_dir", tmp_path / "run"),
+        *("--learning_rate", "1e30", "--max_grad_norm", 0, "--save_strategy", "no"),
+    )
+    assert outcome.code == 1
+    assert "the losses are not finite" in outcome.error_line
+    assert "lower --learning_rate (it was 1e+30)" in outcome.error_line
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        "README.md",
+        "eval_results.json",
+        "run.json",
+    }
 
 
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ([{"text": "a cat", "label": 1}], ["'sentence'", "text, label", "train.jsonl"]),
-        (['{"sentence": "a", "label": 1}', '{"sentence": "b", "lab'], ["train.jsonl, line 2", "not JSON"]),
-        ([], ["train.jsonl", "no rows"]),
-        ([{"sentence": "a", "label": 1}, {"sentence": "b", "label": 2}], ["train.jsonl, line 2", "label 2"]),
-        ([{"sentence": "a", "label": "fine"}], ["train.jsonl, line 1", "fine"]),
-    ],
-)
-def test_wrong_files_are_named_with_the_line(
-    encoder: Path, tmp_path: Path, rows: list, words: list[str]
+def test_a_trained_model_takes_no_other_tasks(trained: Run, train_flags: list[str], tmp_path: Path) -> None:
+    outcome = call(
+        *("train", *train_flags, "--model_name_or_path", trained.folder, "--tasks", "cola"),
+        *("--output_dir", tmp_path / "run"),
+    )
+    assert outcome.code == 2
+    assert "trained on with --tasks cola,stsb,mnli" in outcome.error_line
+    assert "--model_name_or_path minilm" in outcome.error_line
+
+
+def test_notes_and_warnings_come_once_and_after_the_checks(
+    train_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = call(
-        *("train", "--model_name_or_path", encoder, "--tasks", "cola", "--data_dir", broken(tmp_path, rows)),
-        *("--max_steps", 1, "--output_dir", tmp_path / "run"),
-    )
+    from camtl.training.uncertainty import UncertaintySelector
+
+    (tmp_path / "config.json").write_text("{}")
+    flags = ("train", *train_flags, "--output_dir", tmp_path, "--max_steps", 1)
+    outcome = call(*flags, "--tasks", "cola", "--sampler", "sqrtt")
     assert outcome.code == 2
-    for word in words:
-        assert word in outcome.error_line
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert "older run" not in outcome.err
+    built = []
+    make = UncertaintySelector.from_arguments
 
+    def counted(*args, **kwargs):
+        built.append(1)
+        return make(*args, **kwargs)
 
-def test_a_task_without_validation_rows(encoder: Path, tmp_path: Path) -> None:
-    broken(tmp_path, [{"sentence": "a", "label": 1}])
-    (tmp_path / "cola" / "validation.jsonl").unlink()
-    outcome = call(
-        "train",
-        "--model_name_or_path",
-        encoder,
-        "--tasks",
-        "cola",
-        "--data_dir",
-        tmp_path,
-        "--output_dir",
-        tmp_path / "r",
-    )
-    assert outcome.code == 2
-    assert "no rows to evaluate" in outcome.error_line
-
-
-def test_an_unreachable_hub_is_told_at_once(encoder: Path, tmp_path: Path) -> None:
-    started = time.perf_counter()
-    outcome = call(
-        "train", "--model_name_or_path", encoder, "--tasks", "qnli", "--output_dir", tmp_path / "run"
-    )
-    assert outcome.code == 2
-    assert "--data_dir" in outcome.error_line
-    assert time.perf_counter() - started < 20
+    monkeypatch.setattr(UncertaintySelector, "from_arguments", counted)
+    outcome = call(*flags, "--tasks", "cola,stsb", "--sampler", "uncertainty", "--save_strategy", "no")
+    assert outcome.code == 0, outcome.err
+    assert built == [1]  # it warns when it is made
+    assert outcome.err.count("older run") == 1
 
 
 def test_a_checkpoint_of_another_task_list_is_refused(trained: Run, train_flags: list[str]) -> None:
@@ -339,9 +328,9 @@ def test_without_any_encoder_minilm_becomes_a_small_random_one(
 def test_the_alias_is_there_when_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
     from camtl.cli import _encoder
 
-    monkeypatch.setattr(_encoder.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_encoder, "resolve_encoder", lambda name: "/somewhere/model")
     assert _encoder._alias_is_there()
-    monkeypatch.setattr(_encoder.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_encoder, "resolve_encoder", lambda name: _encoder.ALIAS_HUB_ID)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
     monkeypatch.setattr("camtl.data.hub.hub_is_offline", lambda: True)
     assert not _encoder._alias_is_there()

@@ -38,17 +38,23 @@ def test_text_columns_are_never_split_at_commas(parser) -> None:
     assert parse(parser, ["--text_column", "a, b", "c"])["text_column"] == ["a, b", "c"]
 
 
-def test_every_trainer_field_is_a_flag_but_debug(parser) -> None:
+def test_every_trainer_field_is_a_flag_but_the_rank(parser) -> None:
     from camtl.training.arguments import CaMtlTrainingArguments
 
-    flags = {option for action in parser._actions for option in action.option_strings}
+    flags = {option: action for action in parser._actions for option in action.option_strings}
     names = {field.name for field in dataclasses.fields(CaMtlTrainingArguments) if field.init}
-    assert {name for name in names if f"--{name}" not in flags} == {
-        "do_train",
-        "do_eval",
-        "do_predict",
-        "local_rank",
-    }
+    assert {name for name in names if f"--{name}" not in flags} <= {"local_rank"}
+    # The Trainer's field of this name is a list of its debugging aids; ours shows tracebacks.
+    assert flags["--debug"].nargs == 0
+
+
+def test_what_scripts_of_other_trainers_say_is_taken_with_one_note(parser, capsys) -> None:
+    given = parse(parser, ["--do_train", "--do-eval", "--do_predict", "false", "--tasks", "cola"])
+    made = read_request({**given, "model_name_or_path": "minilm"})
+    assert made.training.do_train is False
+    assert capsys.readouterr().err.splitlines() == [
+        "camtl: --do_train --do_eval --do_predict: not needed; every run trains, and ends with one evaluation"
+    ]
 
 
 def test_common_options_exist() -> None:
@@ -120,6 +126,9 @@ def test_a_file_may_describe_tasks_inline(parser, tmp_path: Path) -> None:
         ("max_steps: many", ["key 'max_steps'", "not a whole number"]),
         ("preset: big", ["key 'preset'", "'big' is not one of ca-mtl"]),
         ("debug: true", ["unknown key 'debug'"]),
+        ("no_bf16: true", ["key 'no_bf16'", "`bf16: false`"]),
+        ("no-use-cpu:", ["key 'no-use-cpu'", "`use_cpu: false`"]),
+        ("packed: sometimes", ["key 'packed'", "'sometimes' is not one of auto, true, false"]),
         ("- a\n- b", ["holds a list"]),
         ("a: [1", ["line", "not YAML"]),
     ],
@@ -135,6 +144,11 @@ def test_errors_name_file_and_key(parser, tmp_path: Path, text: str, words: list
 def test_a_missing_file(parser) -> None:
     with pytest.raises(UsageError, match="no such file"):
         parse(parser, ["--config", "/nowhere.yaml"])
+
+
+def test_a_folder_is_no_config(parser, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--config {tmp_path}: is a folder"):
+        parse(parser, ["--config", str(tmp_path)])
 
 
 def test_evaluations_and_checkpoints_go_together() -> None:
@@ -156,6 +170,8 @@ def request(**given):
     [
         ({"model_name_or_path": None}, "--model_name_or_path"),
         ({"tasks": None}, "--tasks"),
+        ({"tasks": [","]}, "say what to train on"),
+        ({"tasks": [" ", ",,"]}, "say what to train on"),
         ({"tasks": ["colla"]}, "did you mean cola"),
         ({"train_file": "a.csv"}, "--train_file"),
         ({"tasks": None, "train_file": "a.csv"}, "--validation_file"),
@@ -177,6 +193,36 @@ def test_only_given_model_options_reach_the_model() -> None:
     options = request(freeze="half", alignment="none", preset="ca-mtl-base").model_options
     assert options == {"preset": "ca-mtl-base", "alignment": "none", "freeze": "half"}
     assert request(freeze="none").model_options == {"freeze": None}
+
+
+@pytest.mark.parametrize(("given", "passed"), [("auto", "auto"), ("true", True), ("false", False)])
+def test_packing_reaches_the_model(parser, tmp_path: Path, given: str, passed: object) -> None:
+    assert request(**parse(parser, ["--packed", given])).model_options == {"packed": passed}
+    path = config(tmp_path, f"packed: {given}")
+    assert request(**parse(parser, ["--config", path])).model_options == {"packed": passed}
+
+
+def test_an_absent_backend_is_one_line(capsys) -> None:
+    import warnings
+
+    import torch
+
+    from camtl.ops import backend_report, bias_gelu, set_backend
+
+    absent = [e["backend"] for e in backend_report() if e["op"] == "bias_gelu" and not e["available"]]
+    if not absent:
+        pytest.skip("every backend is available here")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            request(backend=absent[0])
+            bias_gelu(torch.zeros(2, 4), torch.zeros(4))
+        finally:
+            set_backend(None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"camtl: backend {absent[0]}: ")
+    assert "bias_gelu" in line
+    assert not [str(warning.message) for warning in caught if "preferred backend" in str(warning.message)]
 
 
 def test_the_default_folder_is_named_after_the_tasks() -> None:

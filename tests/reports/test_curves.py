@@ -85,6 +85,12 @@ def test_a_run_of_one_step(tmp_path: Path) -> None:
     assert (tmp_path / "c.png").exists()
 
 
+def test_a_run_of_no_step(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    pytest.importorskip("matplotlib")
+    assert write_curves([{"step": 0, "eval_rte_accuracy": 0.5}], TASKS[:1], tmp_path / "c.png") is None
+    assert not [str(warning.message) for warning in recwarn if "identical" in str(warning.message)]
+
+
 def test_nothing_logged(tmp_path: Path) -> None:
     message = write_curves([], TASKS, tmp_path / "c.png")
     assert message is not None

@@ -55,11 +55,25 @@ def matter(text: str) -> dict:
 def test_front_matter_is_what_the_hub_reads(card: ModelCard) -> None:
     head = matter(render_model_card(card))
     assert head["base_model"] == "org/encoder"
-    assert head["datasets"] == ["nyu-mll/glue"]
+    assert "datasets" not in head  # its rows came from local files
     assert head["library_name"] == "camtl"
     (index,) = head["model-index"]
     assert [entry["dataset"]["name"] for entry in index["results"]] == ["stsb", "mood"]
     assert index["results"][0]["metrics"][0] == {"type": "pearsonr", "name": "Pearson", "value": 0.8123}
+
+
+def test_hub_data_sets_are_named_where_they_were_used(card: ModelCard) -> None:
+    head = matter(render_model_card(dataclasses.replace(card, hub_tasks=["stsb"])))
+    assert head["datasets"] == ["nyu-mll/glue"]
+    results = head["model-index"][0]["results"]
+    assert [entry["dataset"]["type"] for entry in results] == ["nyu-mll/glue", "mood"]
+
+
+def test_row_limits_are_told(card: ModelCard) -> None:
+    assert "randomly chosen" not in render_model_card(card)
+    text = render_model_card(dataclasses.replace(card, row_limits={"training": 2000, "validation": 500}))
+    assert "Measured by this run on at most 500 randomly chosen validation rows of each set" in text
+    assert "Trained on at most 2,000 randomly chosen rows of each task" in text
 
 
 def test_the_hub_library_accepts_it(card: ModelCard) -> None:
