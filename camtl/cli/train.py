@@ -124,6 +124,8 @@ def _check(model: ModelArguments, data: DataArguments) -> None:
             "--train_file trains one task of its own, so it cannot be combined with --tasks; "
             "describe the file in a --tasks_file to train it together with others"
         )
+    elif data.data_dir is not None:
+        raise UsageError("--train_file and --data_dir both say where the rows are; give one of them")
     elif data.validation_file is None:
         raise UsageError("--train_file needs a --validation_file: every run ends with an evaluation")
     if data.text_column is not None and len(data.text_column) > 2:

@@ -175,6 +175,7 @@ def request(**given):
         ({"tasks": ["colla"]}, "did you mean cola"),
         ({"train_file": "a.csv"}, "--train_file"),
         ({"tasks": None, "train_file": "a.csv"}, "--validation_file"),
+        ({"tasks": None, "train_file": "a.csv", "validation_file": "b.csv", "data_dir": "d"}, "--data_dir"),
         ({"text_column": ["a"]}, "--text_column"),
         ({"max_train_samples": 0}, "--max_train_samples"),
         ({"max_seq_length": 1}, "--max_seq_length"),
