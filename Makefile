@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-demo.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-demo.txt
 	@touch $(STAMP)
 
-demo: $(STAMP) ## train, evaluate and use one model on four small tasks (6 minutes on two CPU cores)
+demo: $(STAMP) ## train, evaluate and use one model on four small tasks (5 minutes on two CPU cores)
 	$(BIN)/camtl train --config examples/demo.yaml
 	@echo
 	@echo "A few sentences through the trained model:"
@@ -35,7 +35,7 @@ demo: $(STAMP) ## train, evaluate and use one model on four small tasks (6 minut
 	$(BIN)/camtl predict runs/demo --task demo_entailment --text "Every gardener watered the roses." "Some gardener watered the flowers."
 	$(BIN)/camtl predict runs/demo --task demo_similarity --text "A boy is riding a horse." "A child rides an animal."
 
-test: $(STAMP) ## run the tests (about 5 minutes on two CPU cores)
+test: $(STAMP) ## run the tests (about 3 minutes on two CPU cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
 
 test-slow: $(STAMP) ## run the tests that take longer
