@@ -41,8 +41,8 @@ test: $(STAMP) ## run the tests (about 3 minutes on two CPU cores)
 test-slow: $(STAMP) ## run the tests that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-test-gpu: ## run the GPU tests in an existing environment: make test-gpu PYTHON=python3
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
+test-gpu: ## run the GPU tests in an existing environment (PYTHON=python3); needs no datasets, no network
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/ops tests/models
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

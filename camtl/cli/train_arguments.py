@@ -149,6 +149,7 @@ COMMON_TRAINING: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("score", "NAME", "uncertainty: paper or reference (default: paper)"),
         ("candidates_per_task", "N", "uncertainty: rows of each task scored in a step (default: batch size)"),
         ("score_dropout", "", "uncertainty: score with dropout on"),
+        ("min_share", "SHARE", "uncertainty: smallest share of a batch that every task gets (default: 0)"),
     ),
     "evaluation, logs and checkpoints": (
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +148,28 @@ def test_public_names_resolve() -> None:
 
     for name in camtl.__all__:
         assert getattr(camtl, name) is not None
+
+
+def test_gpu_tests_are_found_without_the_data_packages() -> None:
+    """`make test-gpu` runs where datasets and pydantic may be missing; importing them then fails here too."""
+    command = re.search(r"-m pytest (-m gpu .*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert command is not None
+    code = (
+        "import importlib.abc, sys\n"
+        "class Missing(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('datasets', 'pydantic', 'seqeval'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "import pytest\n"
+        "sys.exit(pytest.main(['-q', '--collect-only', *sys.argv[1:]]))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *command[1].split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "test_cuda.py" in run.stdout
