@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from camtl.native import film as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
+from camtl.ops._fused import FusedOp, register_cpu
 
 
 def film(
@@ -49,4 +52,18 @@ def film(
     return dispatch("film", backend, call)
 
 
+def _fake(
+    x: Tensor, gamma: Tensor, beta: Tensor, task_ids: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor]:
+    return (torch.empty(x.shape, dtype=x.dtype, device=x.device),)
+
+
+_fused = FusedOp(
+    "film",
+    inputs="Tensor x, Tensor gamma, Tensor beta, Tensor task_ids, Tensor? cu_seqlens",
+    outputs=("y",),
+    gradients=("x", "gamma", "beta"),
+    fake=_fake,
+)
 register("film", "reference", reference.film)
+register_cpu(_fused, native)

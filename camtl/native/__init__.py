@@ -1,0 +1,41 @@
+"""The compiled kernels of ``csrc/``, called with tensors: allocation, strides and addresses, one file per op.
+
+Each file has ``forward(**inputs) -> outputs`` and ``backward(grads, ..., needs) -> gradients`` as
+:class:`camtl.ops._fused.FusedOp` calls them: no autograd, no choice of backend, no checks of arguments (the ops
+make them). What kernels index with, task ids and ``cu_seqlens``, they check themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch  # noqa: F401  (before the extension: both then share one OpenMP runtime)
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("camtl._native"), ""
+    except ModuleNotFoundError:
+        return None, "not part of this installation: camtl was installed with CAMTL_BUILD_NATIVE=0"
+    except ImportError as error:  # built for another system
+        return None, f"the compiled module does not load: {error}"
+
+
+extension, _reason = _load()
+
+
+def cpu_unavailable() -> str:
+    """Why the C++ kernels cannot run here, or ""."""
+    return _reason
+
+
+def cuda_unavailable() -> str:
+    """Why the CUDA C++ kernels cannot run here, or ""."""
+    if extension is None:
+        return _reason
+    if not hasattr(extension, "cuda"):
+        return "this build has no CUDA kernels (CAMTL_BUILD_CUDA=1 or a GPU at build time adds them)"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return ""

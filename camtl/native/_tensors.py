@@ -1,0 +1,79 @@
+"""From tensors to what kernels take: addresses, strides, dtype codes. Callers keep the tensors alive."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+Layout = tuple[int, int, int, int, int, int]
+
+
+def code(x: Tensor) -> int:
+    """The kernels' number of x's dtype."""
+    return _CODES[x.dtype]
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """What x is computed in: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def acc(value: Tensor, x: Tensor) -> Tensor:
+    """A table or parameter as kernels beside x read it: contiguous, in x's arithmetic dtype."""
+    return value.to(acc_dtype(x)).contiguous()
+
+
+def acc_or_none(value: Tensor | None, x: Tensor) -> Tensor | None:
+    """:func:`acc`, None stays None."""
+    return None if value is None else acc(value, x)
+
+
+def address(value: Tensor | None) -> int:
+    """Where a tensor's data is; 0 for None."""
+    return 0 if value is None else value.data_ptr()
+
+
+def rows(x: Tensor) -> Tensor:
+    """x ``[..., D]`` as ``[rows, D]`` with unit last stride and one stride between rows; a copy where needed."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(_flat(x))
+    if flat.shape[-1] > 1 and flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    return flat
+
+
+def _flat(x: Tensor) -> tuple[int, int]:
+    return (x.shape[:-1].numel(), x.shape[-1])
+
+
+def rows_or_none(x: Tensor | None) -> Tensor | None:
+    """:func:`rows`, None stays None."""
+    return None if x is None else rows(x)
+
+
+def stride(flat: Tensor | None) -> int:
+    """Elements from row to row; 0 for None."""
+    return 0 if flat is None else flat.stride(0)
+
+
+def ids(task_ids: Tensor | None) -> Tensor | None:
+    """Task ids as kernels read them: int64, contiguous."""
+    return None if task_ids is None else task_ids.to(torch.int64).contiguous()
+
+
+def layout(x: Tensor, task_ids: Tensor | None, cu_seqlens: Tensor | None, tasks: int) -> Layout:
+    """Which rows of x ``[B, S, D]``, ``[B, D]`` or packed ``[N, D]`` belong to which sequence.
+
+    ``task_ids`` as :func:`ids` gives them, ``cu_seqlens`` contiguous; ``tasks`` is T, 1 without tables.
+    """
+    total = x.shape[:-1].numel()
+    if cu_seqlens is not None:
+        return (total, cu_seqlens.shape[0] - 1, 0, address(cu_seqlens), address(task_ids), tasks)
+    per_sequence = x.shape[1] if x.dim() == 3 else 1
+    return (total, x.shape[0], per_sequence, 0, address(task_ids), tasks)
+
+
+def threads(elements: int) -> int:
+    """How many threads to use: torch's setting, one where the work is too small to share."""
+    return torch.get_num_threads() if elements >= 16384 else 1

@@ -1,0 +1,49 @@
+// film: y = (1 + gamma[t]) * x + beta[t], t the task of the row's sequence.
+#pragma once
+
+#include "camtl/common.h"
+
+namespace camtl {
+
+struct FilmForward {
+    DType dtype;
+    Layout layout;
+    int64_t features;     // D
+    const void* x;        // [rows, D], dtype
+    int64_t x_stride;     // elements from row to row
+    const void* gamma;    // [tasks, D], acc
+    const void* beta;     // [tasks, D], acc
+    void* y;              // [rows, D], dtype, contiguous; rows of no sequence become 0
+    int threads;
+};
+
+struct FilmBackward {
+    DType dtype;
+    Layout layout;
+    int64_t features;
+    const void* dy;       // [rows, D], dtype
+    int64_t dy_stride;
+    const void* x;        // [rows, D], dtype; may be null where dgamma is
+    int64_t x_stride;
+    const void* gamma;    // [tasks, D], acc
+    void* dx;             // [rows, D], dtype, contiguous; or null: not wanted
+    void* dgamma;         // [tasks, D], acc; or null
+    void* dbeta;          // [tasks, D], acc; or null
+    int threads;
+};
+
+namespace cpu {
+void film_forward(const FilmForward&);
+void film_backward(const FilmBackward&);
+}  // namespace cpu
+
+#ifdef CAMTL_CUDA
+namespace cuda {
+// Launched on `stream` (a cudaStream_t); `workspace` holds film_backward_workspace() bytes on the device.
+void film_forward(const FilmForward&, void* stream);
+int64_t film_backward_workspace(const FilmBackward&);
+void film_backward(const FilmBackward&, void* workspace, void* stream);
+}  // namespace cuda
+#endif
+
+}  // namespace camtl
