@@ -1,12 +1,12 @@
 // The Python module camtl._native. Tensors cross this border as addresses (0: none) with sizes and strides
 // counted in elements; the callers in camtl/native/ allocate outputs and check what they pass. The interpreter
 // lock is released while a kernel runs. C++ exceptions arrive as ValueError, MemoryError or RuntimeError.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "camtl/bias_gelu.h"
 #include "camtl/conditional_attention.h"
 #include "camtl/conditional_layer_norm.h"
@@ -15,33 +15,9 @@
 #include "camtl/select_uncertain.h"
 #include "cpu/isa.h"
 
-namespace py = pybind11;
+using namespace camtl::bindings;
 
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T = void>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// (rows, batch, rows_per_sequence, cu_seqlens, task_ids, tasks)
-camtl::Layout layout(const py::tuple& t) {
-    camtl::Layout l;
-    l.rows = t[0].cast<int64_t>();
-    l.batch = t[1].cast<int64_t>();
-    l.rows_per_sequence = t[2].cast<int64_t>();
-    l.cu_seqlens = at<const int32_t>(t[3].cast<Address>());
-    l.task_ids = at<const int64_t>(t[4].cast<Address>());
-    l.tasks = t[5].cast<int64_t>();
-    return l;
-}
-
-// (p, seed, offset)
-camtl::Dropout dropout(const py::tuple& t) {
-    return {t[0].cast<double>(), t[1].cast<int64_t>(), t[2].cast<int64_t>()};
-}
 
 // (address, sequence stride, position stride, head stride)
 camtl::AttentionTensor strided(const py::tuple& t) {
@@ -70,6 +46,7 @@ camtl::AttentionShape attention_shape(const py::tuple& t) {
     return s;
 }
 
+// clang-format off: it would put each member of a struct on a line of its own
 void bind_film(py::module_& m) {
     m.def("film_forward", [](int dtype, const py::tuple& rows, int64_t D, Address x, int64_t x_stride, Address gamma,
                              Address beta, Address y, int threads) {
@@ -124,12 +101,12 @@ void bind_conditional_attention(py::module_& m) {
         camtl::cpu::conditional_attention_forward(a);
     });
     m.def("conditional_attention_backward",
-          [](const py::tuple& shape, const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& out,
-             const py::tuple& dout, Address lse, const py::tuple& dq, const py::tuple& dk, const py::tuple& dv,
-             Address dtable, Address dgamma, Address dbeta) {
+          [](const py::tuple& shape, const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& dout,
+             Address lse, const py::tuple& dq, const py::tuple& dk, const py::tuple& dv, Address dtable,
+             Address dgamma, Address dbeta) {
               const camtl::ConditionalAttentionBackward a{
-                  attention_shape(shape), strided(q), strided(k), strided(v), strided(out), strided(dout), at(lse),
-                  strided(dq), strided(dk), strided(dv), at(dtable), at(dgamma), at(dbeta)};
+                  attention_shape(shape), strided(q), strided(k), strided(v), strided(dout), at(lse), strided(dq),
+                  strided(dk), strided(dv), at(dtable), at(dgamma), at(dbeta)};
               py::gil_scoped_release release;
               camtl::cpu::conditional_attention_backward(a);
           });
@@ -222,10 +199,11 @@ void bind_select_uncertain(py::module_& m) {
         camtl::cpu::select_uncertain_backward(a);
     });
 }
+// clang-format on
 
 }  // namespace
 
-// Defined in cuda/bindings.cu where the build has CUDA.
+// Defined in cuda/bindings.cpp where the build has CUDA.
 #ifdef CAMTL_CUDA
 void camtl_bind_cuda(py::module_& m);
 #endif
@@ -261,5 +239,8 @@ PYBIND11_MODULE(_native, m) {
     py::module_ cuda = m.def_submodule("cuda", "Kernels for CUDA tensors.");
     camtl_bind_cuda(cuda);
     m.attr("cuda_architectures") = CAMTL_CUDA_ARCHITECTURES;
+#else
+    m.attr("cuda_architectures") = "";
 #endif
+    m.attr("cuda_reason") = CAMTL_CUDA_REASON;  // why there are no CUDA kernels
 }

@@ -1,8 +1,8 @@
 """The compiled kernels of ``csrc/``, called with tensors: allocation, strides and addresses, one file per op.
 
 Each file has ``forward(**inputs) -> outputs`` and ``backward(grads, ..., needs) -> gradients`` as
-:class:`camtl.ops._fused.FusedOp` calls them: no autograd, no choice of backend, no checks of arguments (the ops
-make them). What kernels index with, task ids and ``cu_seqlens``, they check themselves.
+:class:`camtl.ops._fused.FusedOp` calls them: no autograd, no choice of backend, no checks of arguments (the
+ops make them). What kernels index with, task ids and ``cu_seqlens``, they check themselves.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch  # noqa: F401  (before the extension: both then share one OpenMP runtime)
+import torch  # before the extension: both then share one OpenMP runtime
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -35,7 +35,7 @@ def cuda_unavailable() -> str:
     if extension is None:
         return _reason
     if not hasattr(extension, "cuda"):
-        return "this build has no CUDA kernels (CAMTL_BUILD_CUDA=1 or a GPU at build time adds them)"
+        return f"this build has no CUDA kernels: {extension.cuda_reason}"
     if not torch.cuda.is_available():
         return "no CUDA device"
     return ""

@@ -1,4 +1,4 @@
-"""``film`` on the C++ kernels, see ``csrc/include/camtl/film.h``."""
+"""``film`` on the C++ kernels, and on the CUDA kernels; see ``csrc/include/camtl/film.h``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def forward(
     """``(y,)``."""
     assert extension is not None
     flat, tasks = t.rows(x), t.ids(task_ids)
-    starts = None if cu_seqlens is None else cu_seqlens.contiguous()
+    starts = t.starts(cu_seqlens)
     scale, shift = t.acc(gamma, x), t.acc(beta, x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     extension.cpu.film_forward(
@@ -46,7 +46,7 @@ def backward(
     (dy,) = grads
     assert dy is not None
     flat_dy, flat, tasks, scale = t.rows(dy), t.rows(x), t.ids(task_ids), t.acc(gamma, x)
-    starts = None if cu_seqlens is None else cu_seqlens.contiguous()
+    starts = t.starts(cu_seqlens)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
     dgamma = torch.empty_like(scale) if needs[1] else None
     dbeta = torch.empty_like(scale) if needs[2] else None
@@ -69,3 +69,78 @@ def backward(
         None if dgamma is None else dgamma.to(gamma.dtype),
         None if dbeta is None else dbeta.to(beta.dtype),
     )
+
+
+class Cuda:
+    """The same on the CUDA kernels, for tensors of one GPU; nothing here waits for it."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, gamma: Tensor, beta: Tensor, task_ids: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor]:
+        """``(y,)``."""
+        assert extension is not None
+        flat, tasks = t.rows(x), t.aligned(task_ids.contiguous())
+        scale, shift = t.tables(x, gamma, beta)
+        starts = t.starts(cu_seqlens)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        with t.on_device(x):
+            extension.cuda.film_forward(
+                t.code(x),
+                t.layout(x, tasks, starts, gamma.shape[0]),
+                x.shape[-1],
+                t.address(flat),
+                t.stride(flat),
+                t.address(scale),
+                t.address(shift),
+                t.address(y),
+                t.launch(x, scale, tasks),
+            )
+        return (y,)
+
+    @staticmethod
+    def backward(
+        grads: tuple[Tensor | None, ...],
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        task_ids: Tensor,
+        cu_seqlens: Tensor | None,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, gamma and beta, None where not needed."""
+        assert extension is not None
+        (dy,) = grads
+        assert dy is not None
+        flat_dy, flat, tasks = t.rows(dy), t.rows(x), t.aligned(task_ids.contiguous())
+        scale, _ = t.tables(x, gamma, beta)
+        starts = t.starts(cu_seqlens)
+        rows = t.layout(x, tasks, starts, gamma.shape[0])
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
+        dgamma = torch.empty_like(scale) if needs[1] else None
+        dbeta = torch.empty_like(scale) if needs[2] else None
+        workspace = None
+        if needs[1] or needs[2]:
+            size = extension.cuda.film_backward_workspace(rows, x.shape[-1])
+            workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        with t.on_device(x):
+            extension.cuda.film_backward(
+                t.code(x),
+                rows,
+                x.shape[-1],
+                t.address(flat_dy),
+                t.stride(flat_dy),
+                t.address(flat),
+                t.stride(flat),
+                t.address(scale),
+                t.address(dx),
+                t.address(dgamma),
+                t.address(dbeta),
+                t.address(workspace),
+                t.launch(x, scale, tasks),
+            )
+        return (
+            dx,
+            None if dgamma is None else dgamma.to(gamma.dtype),
+            None if dbeta is None else dbeta.to(beta.dtype),
+        )

@@ -8,16 +8,16 @@
 #include "camtl/multitask_loss.h"
 
 // One line per kernel: its name and its argument.
-#define CAMTL_CPU_KERNELS(KERNEL)                                                    \
-    KERNEL(film_forward, FilmForward)                                                \
-    KERNEL(film_backward, FilmBackward)                                              \
-    KERNEL(conditional_layer_norm_forward, ConditionalLayerNormForward)              \
-    KERNEL(conditional_layer_norm_backward, ConditionalLayerNormBackward)            \
-    KERNEL(conditional_attention_forward, ConditionalAttentionForward)               \
-    KERNEL(conditional_attention_backward, ConditionalAttentionBackward)             \
-    KERNEL(bias_gelu_forward, BiasGeluForward)                                       \
-    KERNEL(bias_gelu_backward, BiasGeluBackward)                                     \
-    KERNEL(multitask_loss_forward, MultitaskLossForward)                             \
+#define CAMTL_CPU_KERNELS(KERNEL)                                         \
+    KERNEL(film_forward, FilmForward)                                     \
+    KERNEL(film_backward, FilmBackward)                                   \
+    KERNEL(conditional_layer_norm_forward, ConditionalLayerNormForward)   \
+    KERNEL(conditional_layer_norm_backward, ConditionalLayerNormBackward) \
+    KERNEL(conditional_attention_forward, ConditionalAttentionForward)    \
+    KERNEL(conditional_attention_backward, ConditionalAttentionBackward)  \
+    KERNEL(bias_gelu_forward, BiasGeluForward)                            \
+    KERNEL(bias_gelu_backward, BiasGeluBackward)                          \
+    KERNEL(multitask_loss_forward, MultitaskLossForward)                  \
     KERNEL(multitask_loss_backward, MultitaskLossBackward)
 
 namespace camtl::cpu {

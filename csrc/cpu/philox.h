@@ -12,7 +12,9 @@ namespace camtl::cpu::CAMTL_ISA {
 // A call in each 64-bit lane. Words are the low halves of lanes; high halves hold rubbish between rounds.
 typedef uint64_t calls __attribute__((vector_size(kRegisterBytes)));
 constexpr int kCalls = kRegisterBytes / 8;
-constexpr int kCallWords = 4 * kCalls;  // words that one philox() gives
+// One philox() makes two registers of calls: the products of one hide the time that those of the other take.
+constexpr int kCallSets = 2;
+constexpr int kCallWords = 4 * kCalls * kCallSets;
 
 // The 64-bit products of the lanes' low halves with a 32-bit constant.
 CAMTL_INLINE calls multiply_low(calls a, uint64_t b) {
@@ -20,36 +22,41 @@ CAMTL_INLINE calls multiply_low(calls a, uint64_t b) {
     return (calls)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(static_cast<long long>(b)));
 #elif defined(__AVX2__)
     return (calls)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(static_cast<long long>(b)));
+#elif defined(__SSE2__)
+    return (calls)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(static_cast<long long>(b)));
 #else
     return (a & 0xffffffffu) * b;
 #endif
 }
 
-// Words of kCalls calls, counters first, first + 1, ..: words[4 * i + k] is word k of call i.
+// Words of kCallSets * kCalls calls, counters first, first + 1, ..: words[4 * i + k] is word k of call i.
 CAMTL_INLINE void philox(uint64_t first, uint64_t key, uint32_t* words) {
-    calls counter;
-    for (int i = 0; i < kCalls; ++i) {
-        counter[i] = first + static_cast<uint64_t>(i);
+    const veci<double> lane = lane_numbers<double>();
+    calls a[kCallSets], b[kCallSets], c[kCallSets] = {}, d[kCallSets] = {};
+    for (int s = 0; s < kCallSets; ++s) {
+        a[s] = (calls)lane + (first + static_cast<uint64_t>(s * kCalls));
+        b[s] = a[s] >> 32;
     }
-    calls a = counter, b = counter >> 32, c{}, d{};
     uint32_t key_0 = static_cast<uint32_t>(key), key_1 = static_cast<uint32_t>(key >> 32);
     for (int round = 0; round < 10; ++round) {
-        const calls product_0 = multiply_low(a, 0xD2511F53u);
-        const calls product_1 = multiply_low(c, 0xCD9E8D57u);
-        a = (product_1 >> 32) ^ b ^ key_0;
-        c = (product_0 >> 32) ^ d ^ key_1;
-        b = product_1;
-        d = product_0;
+        for (int s = 0; s < kCallSets; ++s) {
+            const calls product_0 = multiply_low(a[s], 0xD2511F53u);
+            const calls product_1 = multiply_low(c[s], 0xCD9E8D57u);
+            a[s] = (product_1 >> 32) ^ b[s] ^ key_0;
+            c[s] = (product_0 >> 32) ^ d[s] ^ key_1;
+            b[s] = product_1;
+            d[s] = product_0;
+        }
         key_0 += 0x9E3779B9u;
         key_1 += 0xBB67AE85u;
     }
-    const calls low = (a & 0xffffffffu) | (b << 32), high = (c & 0xffffffffu) | (d << 32);
-    uint64_t pairs[2 * kCalls];
-    for (int i = 0; i < kCalls; ++i) {
-        pairs[2 * i] = low[i];
-        pairs[2 * i + 1] = high[i];
+    // A lane holds two words of its call, half of them in `low`: lanes of the two in turn.
+    const veci<double> from = lane / 2 + lane % 2 * kCalls;
+    for (int s = 0; s < kCallSets; ++s) {
+        const calls low = (a[s] & 0xffffffffu) | (b[s] << 32), high = (c[s] & 0xffffffffu) | (d[s] << 32);
+        const calls pairs[2] = {permute(low, high, from), permute(low, high, from + kCalls / 2)};
+        std::memcpy(words + 4 * kCalls * s, pairs, sizeof pairs);
     }
-    std::memcpy(words, pairs, sizeof pairs);
 }
 
 // scales[0 .. n): what dropout multiplies elements first_element .. + n by, 0 or 1 / (1 - p).
@@ -61,7 +68,7 @@ inline void dropout_scales(A* scales, int64_t n, uint64_t first_element, const D
     uint64_t call = first_element / 4 + static_cast<uint64_t>(dropout.offset);
     int64_t skip = static_cast<int64_t>(first_element % 4);
     uint32_t words[kCallWords];
-    for (int64_t done = 0; done < n; call += kCalls) {
+    for (int64_t done = 0; done < n; call += kCallSets * kCalls) {
         philox(call, key, words);
         if (skip == 0 && n - done >= kCallWords) {
             for (int i = 0; i < kCallWords; ++i) {

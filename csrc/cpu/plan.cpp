@@ -34,6 +34,16 @@ void check_layout(const Layout& layout) {
     }
 }
 
+void check_lengths(const Layout& layout, int64_t longest) {
+    for (int64_t b = 0; layout.cu_seqlens != nullptr && b < layout.batch; ++b) {
+        const int64_t length = layout.cu_seqlens[b + 1] - layout.cu_seqlens[b];
+        if (length > longest) {
+            throw std::invalid_argument("cu_seqlens must hold sequences of at most " + std::to_string(longest) +
+                                        " positions; got " + std::to_string(length) + " at " + std::to_string(b));
+        }
+    }
+}
+
 Plan::Plan(const Layout& layout, int64_t most_rows) {
     check_layout(layout);
     std::vector<Chunk> chunks;
@@ -55,8 +65,7 @@ Plan::Plan(const Layout& layout, int64_t most_rows) {
         add(0, layout.rows, 0);
     } else {
         for (int64_t b = 0; b < layout.batch; ++b) {
-            const int64_t begin =
-                layout.cu_seqlens != nullptr ? layout.cu_seqlens[b] : b * layout.rows_per_sequence;
+            const int64_t begin = layout.cu_seqlens != nullptr ? layout.cu_seqlens[b] : b * layout.rows_per_sequence;
             const int64_t end =
                 layout.cu_seqlens != nullptr ? layout.cu_seqlens[b + 1] : begin + layout.rows_per_sequence;
             add(begin, end, layout.task_ids != nullptr ? layout.task_ids[b] : 0);
@@ -74,8 +83,7 @@ Plan::Plan(const Layout& layout, int64_t most_rows) {
 
 Plan::~Plan() { delete[] chunks_; }
 
-Scratch::Scratch(std::size_t bytes)
-    : data_(::operator new(bytes == 0 ? 64 : bytes, std::align_val_t{64})) {}
+Scratch::Scratch(std::size_t bytes) : data_(::operator new(bytes == 0 ? 64 : bytes, std::align_val_t{64})) {}
 
 Scratch::~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
 

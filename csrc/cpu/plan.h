@@ -36,6 +36,8 @@ private:
 
 // Throws std::invalid_argument where Layout's promises about values are broken.
 void check_layout(const Layout& layout);
+// Throws std::invalid_argument where a packed sequence is longer than `longest`.
+void check_lengths(const Layout& layout, int64_t longest);
 
 // Their small methods are always inlined: kernel files are compiled once per instruction set, and a copy that
 // one of them leaves behind must not serve the others.

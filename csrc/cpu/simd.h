@@ -1,118 +1,38 @@
-// Vectors of one register, for the instruction set that this file is compiled for.
-//
-// Kernel files are compiled once per instruction set, each time in a namespace of its own (CAMTL_ISA: avx512,
-// avx2 or baseline); dispatch.cpp picks one when the program runs. Only this file knows register widths. No
-// standard-library template may be used in kernel files: one compiled for AVX-512 could be the copy that the
-// linker keeps for all.
+// What is done with vectors, beside their operators: conversions, loads and stores, sums of lanes, exponentials.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
-#include "camtl/common.h"
-
-#define CAMTL_INLINE inline __attribute__((always_inline))
+#include "vec.h"
 
 namespace camtl::cpu::CAMTL_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kRegisterBytes = 64;
-constexpr int kRegisters = 32;
-#elif defined(__AVX2__)
-constexpr int kRegisterBytes = 32;
-constexpr int kRegisters = 16;
-#else
-constexpr int kRegisterBytes = 16;
-constexpr int kRegisters = 16;
-#endif
-
-// Storage types. bf16 and f16 hold bits: arithmetic happens after load().
-struct bf16 {
-    uint16_t bits;
-};
-struct f16 {
-    uint16_t bits;
-};
-
-template <class S>
-struct AccOf {
-    using type = float;
-};
-template <>
-struct AccOf<double> {
-    using type = double;
-};
-// What a storage type is computed in: float, or double for double.
-template <class S>
-using acc_t = typename AccOf<S>::type;
-
-template <class A>
-struct VecOf;
-template <>
-struct VecOf<float> {
-    typedef float type __attribute__((vector_size(kRegisterBytes)));
-    typedef int32_t ints __attribute__((vector_size(kRegisterBytes)));
-    typedef uint16_t halves __attribute__((vector_size(kRegisterBytes / 2)));
-};
-template <>
-struct VecOf<double> {
-    typedef double type __attribute__((vector_size(kRegisterBytes)));
-    typedef int64_t ints __attribute__((vector_size(kRegisterBytes)));
-};
-template <class A>
-using vec = typename VecOf<A>::type;
-template <class A>
-using veci = typename VecOf<A>::ints;
-
-// Lanes of a vector of A.
-template <class A>
-constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(A));
-
-// A lane count known to the compiler; a plain int is one that is not (the end of a row).
-template <int N>
-struct Full {
-    constexpr operator int() const { return N; }
-};
-
-// body(i, n) for the vectors of a row: n is Full for whole ones, an int for the rest.
-template <class A, class F>
-CAMTL_INLINE void each_vector(int64_t size, F&& body) {
-    constexpr int W = kLanes<A>;
-    int64_t i = 0;
-    for (; i + W <= size; i += W) {
-        body(i, Full<W>{});
-    }
-    if (i < size) {
-        body(i, static_cast<int>(size - i));
-    }
-}
-
-template <class A>
-CAMTL_INLINE vec<A> splat(A value) {
-    return value - vec<A>{};
-}
-
 CAMTL_INLINE vec<float> widen_bf16(typename VecOf<float>::halves bits) {
+#if defined(__AVX512F__)
+    return (vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#elif defined(__AVX2__)
+    return (vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+#else
     typedef uint32_t words __attribute__((vector_size(kRegisterBytes)));
     const words wide = __builtin_convertvector(bits, words) << 16;
     vec<float> value;
     std::memcpy(&value, &wide, sizeof value);
     return value;
+#endif
 }
 
 CAMTL_INLINE typename VecOf<float>::halves narrow_bf16(vec<float> value) {
     typedef uint32_t words __attribute__((vector_size(kRegisterBytes)));
     words bits;
     std::memcpy(&bits, &value, sizeof bits);
-    const words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    const words quiet = (bits >> 16) | 0x40u;                            // NaN stays NaN
-    const words result = (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+    words result = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+    result = (value == value ? result : bits | 0x400000u) >> 16;  // NaN stays NaN
+#if defined(__AVX512F__)
+    return (VecOf<float>::halves)_mm512_cvtepi32_epi16((__m512i)result);
+#elif defined(__AVX2__)
+    const __m256i packed = _mm256_packus_epi32((__m256i)result, (__m256i)result);
+    return (VecOf<float>::halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8));
+#else
     return __builtin_convertvector(result, typename VecOf<float>::halves);
+#endif
 }
 
 CAMTL_INLINE vec<float> widen_f16(typename VecOf<float>::halves bits) {
@@ -171,89 +91,193 @@ CAMTL_INLINE typename VecOf<float>::halves narrow_f16(vec<float> value) {
     return bits;
 }
 
+// v with 0 in the lanes from n on.
+template <class A, class N>
+CAMTL_INLINE vec<A> first_lanes(vec<A> v, N n) {
+    if constexpr (kIsFull<N>) {
+        return v;
+    } else {
+        return lane_numbers<A>() < n ? v : vec<A>{};
+    }
+}
+
+// Parts of vectors, 0 < n < their lanes: by mask where the instruction set can. A memcpy of n elements would be a
+// call of the C library.
+#if defined(__AVX512F__)
+CAMTL_INLINE __mmask16 mask_of(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+CAMTL_INLINE vec<float> load_part(const float* p, int n) { return (vec<float>)_mm512_maskz_loadu_ps(mask_of(n), p); }
+CAMTL_INLINE vec<double> load_part(const double* p, int n) {
+    return (vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask_of(n)), p);
+}
+CAMTL_INLINE VecOf<float>::halves load_part(const uint16_t* p, int n) {
+    return (VecOf<float>::halves)_mm256_maskz_loadu_epi16(mask_of(n), p);
+}
+CAMTL_INLINE void store_part(float* p, vec<float> v, int n) { _mm512_mask_storeu_ps(p, mask_of(n), (__m512)v); }
+CAMTL_INLINE void store_part(double* p, vec<double> v, int n) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask_of(n)), (__m512d)v);
+}
+CAMTL_INLINE void store_part(uint16_t* p, VecOf<float>::halves v, int n) {
+    _mm256_mask_storeu_epi16(p, mask_of(n), (__m256i)v);
+}
+#else
+// The first `bytes`, an even number, of a vector of Size bytes, in pieces of sizes that the compiler knows.
+template <int Size>
+CAMTL_INLINE void copy_part(void* to, const void* from, int bytes) {
+    char* t = static_cast<char*>(to);
+    const char* f = static_cast<const char*>(from);
+    const auto piece = [&](auto size) {
+        if constexpr (size < Size) {
+            if ((bytes & size) != 0) {
+                std::memcpy(t, f, static_cast<std::size_t>(static_cast<int>(size)));
+                t += size;
+                f += size;
+            }
+        }
+    };
+    piece(Full<16>{});
+    piece(Full<8>{});
+    piece(Full<4>{});
+    piece(Full<2>{});
+}
+#if defined(__AVX2__)
+CAMTL_INLINE vec<float> load_part(const float* p, int n) {
+    return (vec<float>)_mm256_maskload_ps(p, (__m256i)(lane_numbers<float>() < n));
+}
+CAMTL_INLINE vec<double> load_part(const double* p, int n) {
+    return (vec<double>)_mm256_maskload_pd(p, (__m256i)(lane_numbers<double>() < n));
+}
+CAMTL_INLINE void store_part(float* p, vec<float> v, int n) {
+    _mm256_maskstore_ps(p, (__m256i)(lane_numbers<float>() < n), (__m256)v);
+}
+CAMTL_INLINE void store_part(double* p, vec<double> v, int n) {
+    _mm256_maskstore_pd(p, (__m256i)(lane_numbers<double>() < n), (__m256d)v);
+}
+#else
+template <class A>
+CAMTL_INLINE vec<A> load_part(const A* p, int n) {
+    vec<A> v{};
+    copy_part<sizeof v>(&v, p, static_cast<int>(sizeof(A)) * n);
+    return v;
+}
+template <class A>
+CAMTL_INLINE void store_part(A* p, vec<A> v, int n) {
+    copy_part<sizeof v>(p, &v, static_cast<int>(sizeof(A)) * n);
+}
+#endif
+CAMTL_INLINE VecOf<float>::halves load_part(const uint16_t* p, int n) {
+    VecOf<float>::halves v{};
+    copy_part<sizeof v>(&v, p, 2 * n);
+    return v;
+}
+CAMTL_INLINE void store_part(uint16_t* p, VecOf<float>::halves v, int n) { copy_part<sizeof v>(p, &v, 2 * n); }
+#endif
+
+template <class V, class E, class N>
+CAMTL_INLINE V load_lanes(const E* p, N n) {
+    if constexpr (kIsFull<N>) {
+        static_assert(static_cast<int>(sizeof(V) / sizeof(E)) == N{});
+        V v;
+        std::memcpy(&v, p, sizeof v);
+        return v;
+    } else {
+        return load_part(p, n);
+    }
+}
+template <class V, class E, class N>
+CAMTL_INLINE void store_lanes(E* p, V v, N n) {
+    if constexpr (kIsFull<N>) {
+        static_assert(static_cast<int>(sizeof(V) / sizeof(E)) == N{});
+        std::memcpy(p, &v, sizeof v);
+    } else {
+        store_part(p, v, n);
+    }
+}
+
 // load: n elements of storage type S as a vector of acc_t<S>, the rest 0. Any alignment.
 template <class N>
 CAMTL_INLINE vec<float> load(const float* p, N n) {
-    vec<float> v{};
-    std::memcpy(&v, p, sizeof(float) * static_cast<std::size_t>(static_cast<int>(n)));
-    return v;
+    return load_lanes<vec<float>>(p, n);
 }
 template <class N>
 CAMTL_INLINE vec<double> load(const double* p, N n) {
-    vec<double> v{};
-    std::memcpy(&v, p, sizeof(double) * static_cast<std::size_t>(static_cast<int>(n)));
-    return v;
+    return load_lanes<vec<double>>(p, n);
 }
 template <class N>
 CAMTL_INLINE vec<float> load(const bf16* p, N n) {
-    typename VecOf<float>::halves bits{};
-    std::memcpy(&bits, p, sizeof(bf16) * static_cast<std::size_t>(static_cast<int>(n)));
-    return widen_bf16(bits);
+    return widen_bf16(load_lanes<VecOf<float>::halves>(&p->bits, n));
 }
 template <class N>
 CAMTL_INLINE vec<float> load(const f16* p, N n) {
-    typename VecOf<float>::halves bits{};
-    std::memcpy(&bits, p, sizeof(f16) * static_cast<std::size_t>(static_cast<int>(n)));
-    return widen_f16(bits);
+    return widen_f16(load_lanes<VecOf<float>::halves>(&p->bits, n));
 }
 
 // store: the first n lanes, rounded to nearest even.
 template <class N>
 CAMTL_INLINE void store(float* p, vec<float> v, N n) {
-    std::memcpy(p, &v, sizeof(float) * static_cast<std::size_t>(static_cast<int>(n)));
+    store_lanes(p, v, n);
 }
 template <class N>
 CAMTL_INLINE void store(double* p, vec<double> v, N n) {
-    std::memcpy(p, &v, sizeof(double) * static_cast<std::size_t>(static_cast<int>(n)));
+    store_lanes(p, v, n);
 }
 template <class N>
 CAMTL_INLINE void store(bf16* p, vec<float> v, N n) {
-    const auto bits = narrow_bf16(v);
-    std::memcpy(p, &bits, sizeof(bf16) * static_cast<std::size_t>(static_cast<int>(n)));
+    store_lanes(&p->bits, narrow_bf16(v), n);
 }
 template <class N>
 CAMTL_INLINE void store(f16* p, vec<float> v, N n) {
-    const auto bits = narrow_f16(v);
-    std::memcpy(p, &bits, sizeof(f16) * static_cast<std::size_t>(static_cast<int>(n)));
+    store_lanes(&p->bits, narrow_f16(v), n);
 }
 
-// Sum of all lanes, always in the same order (a tree).
+// All lanes into one, always in the same order: halves onto each other.
+template <class A, int Half = kLanes<A> / 2, class F>
+CAMTL_INLINE vec<A> fold_lanes(vec<A> v, F&& combine) {
+    if constexpr (Half == 0) {
+        return v;
+    } else {
+        return fold_lanes<A, Half / 2>(combine(v, permute(v, v, lane_numbers<A>() + Half)), combine);
+    }
+}
+
+// Sum of all lanes.
 template <class A>
 CAMTL_INLINE A sum(vec<A> v) {
-    A lanes[kLanes<A>];
-    std::memcpy(lanes, &v, sizeof v);
-    for (int half = kLanes<A> / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) {
-            lanes[i] += lanes[i + half];
-        }
-    }
-    return lanes[0];
+    return fold_lanes<A>(v, [](vec<A> a, vec<A> b) { return a + b; })[0];
 }
 
+// a > b ? a : b, so b where one is NaN.
 template <class A>
 CAMTL_INLINE vec<A> vmax(vec<A> a, vec<A> b) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) {
+        return (vec<A>)_mm512_max_ps((__m512)a, (__m512)b);
+    }
+#endif
     return a > b ? a : b;
+}
+
+// a < b ? a : b, so b where one is NaN.
+template <class A>
+CAMTL_INLINE vec<A> vmin(vec<A> a, vec<A> b) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) {
+        return (vec<A>)_mm512_min_ps((__m512)a, (__m512)b);
+    }
+#endif
+    return a < b ? a : b;
 }
 
 template <class A>
 CAMTL_INLINE A largest(vec<A> v) {
-    A lanes[kLanes<A>];
-    std::memcpy(lanes, &v, sizeof v);
-    for (int half = kLanes<A> / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) {
-            lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-        }
-    }
-    return lanes[0];
+    return fold_lanes<A>(v, [](vec<A> a, vec<A> b) { return vmax<A>(a, b); })[0];
 }
 
 // e^x to about 1 ulp; 0 below -87.33 (also for -inf), infinity above 88.72. x = n ln 2 + r, |r| <= ln 2 / 2: the
-// Taylor series of e^r to r^7 leaves a relative error of 5e-9. 2^n in two factors, as n may be 128.
+// Taylor series of e^r to r^7 leaves a relative error of 5e-9.
 CAMTL_INLINE vec<float> vexp(vec<float> x) {
     constexpr float kLowest = -87.33654f, kHighest = 88.72284f;
-    vec<float> y = x < kLowest ? splat(kLowest) : x;
-    y = y > kHighest ? splat(kHighest) : y;
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const vec<float> y = vmin<float>(splat(kHighest), vmax<float>(splat(kLowest), x));
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a whole number, n, in the low bits
     const vec<float> shifted = y * 1.44269504f + kRound;
     const vec<float> n = shifted - kRound;
     vec<float> r = y - n * 0.693359375f;
@@ -265,17 +289,15 @@ CAMTL_INLINE vec<float> vexp(vec<float> x) {
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
-    const veci<float> whole = __builtin_convertvector(n, veci<float>);
-    const veci<float> first = whole >> 1;
-    const veci<float> factor_bits_1 = (first + 127) << 23;
-    const veci<float> factor_bits_2 = (whole - first + 127) << 23;
-    vec<float> factor_1, factor_2;
-    std::memcpy(&factor_1, &factor_bits_1, sizeof factor_1);
-    std::memcpy(&factor_2, &factor_bits_2, sizeof factor_2);
-    p = p * factor_1 * factor_2;
+    // Times 2^n by adding n to the exponent. It stays in range: at the lowest n, -126, p >= 1, and at the highest,
+    // 128, p <= 1.
+    veci<float> bits, exponent;
+    std::memcpy(&bits, &p, sizeof bits);
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    bits += exponent << 23;
+    std::memcpy(&p, &bits, sizeof p);
     p = x < kLowest ? splat(0.0f) : p;
-    p = x > kHighest ? splat(INFINITY) : p;
-    return x == x ? p : x;
+    return x > kHighest ? splat(INFINITY) : p;
 }
 // float64 is for checks and gradients of gradcheck, not for speed: the C library, lane by lane.
 CAMTL_INLINE vec<double> vexp(vec<double> x) {

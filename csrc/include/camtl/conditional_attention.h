@@ -44,9 +44,10 @@ struct ConditionalAttentionForward {
 struct ConditionalAttentionBackward {
     AttentionShape shape;
     AttentionTensor q, k, v;
-    AttentionTensor out, dout;
+    AttentionTensor dout;
     const void* lse;           // as written by the forward call
-    AttentionTensor dq, dk, dv;  // dtype, written; data is not const here. Rows of no sequence become 0
+    AttentionTensor dq, dk, dv;  // dtype, written: data is not const here; null: not wanted. Rows of no sequence
+                                 // become 0
     void* dtable;              // shape of table, acc; or null: not wanted
     void* dgamma;              // [tasks, w], acc; or null
     void* dbeta;               // [tasks, w], acc; or null

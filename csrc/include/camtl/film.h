@@ -2,6 +2,7 @@
 #pragma once
 
 #include "camtl/common.h"
+#include "camtl/launch.h"
 
 namespace camtl {
 
@@ -37,13 +38,13 @@ void film_forward(const FilmForward&);
 void film_backward(const FilmBackward&);
 }  // namespace cpu
 
-#ifdef CAMTL_CUDA
+// f32, bf16 and f16, with fewer than 2^31 rows and features. Tables and their gradients are of type launch.tables, not
+// acc: a conversion would be one more launch. `threads` plays no part.
 namespace cuda {
-// Launched on `stream` (a cudaStream_t); `workspace` holds film_backward_workspace() bytes on the device.
-void film_forward(const FilmForward&, void* stream);
+void film_forward(const FilmForward&, const Launch& launch);
+// Bytes of device memory that film_backward uses meanwhile, 16-byte aligned; 0 if no table wants a gradient.
 int64_t film_backward_workspace(const FilmBackward&);
-void film_backward(const FilmBackward&, void* workspace, void* stream);
+void film_backward(const FilmBackward&, void* workspace, const Launch& launch);
 }  // namespace cuda
-#endif
 
 }  // namespace camtl
