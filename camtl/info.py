@@ -47,10 +47,12 @@ def collect() -> dict[str, Any]:
 
     Keys: ``camtl``, ``location``, ``python``, ``system``, ``packages`` {name: version or None}, ``cpu``
     {model, cores, usable_cores, torch_threads, flags}, ``memory_gib`` {total, available}, ``devices`` (list),
-    ``backends`` (list of {op, backend, available, reason}), ``environment``.
+    ``native`` {cpu, isa, isas, openmp, cuda, cuda_architectures; cpu and cuda: "" or why not}, ``backends``
+    (list of {op, backend, available, reason}), ``environment``.
     """
     import torch
 
+    from camtl import native
     from camtl.ops import backend_report
 
     return {
@@ -70,6 +72,7 @@ def collect() -> dict[str, Any]:
         },
         "memory_gib": _memory(),
         "devices": _devices(torch),
+        "native": _native(native),
         "backends": [dict(entry) for entry in backend_report()],
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -131,6 +134,34 @@ def _devices(torch: Any) -> list[str]:
     return devices
 
 
+def _native(native: Any) -> dict[str, Any]:
+    extension = native.extension
+    there = extension is not None
+    return {
+        "cpu": native.cpu_unavailable(),
+        "isa": extension.cpu.isa() if there else None,
+        "isas": extension.cpu.available_isas() if there else [],
+        "openmp": extension.openmp if there else False,
+        "cuda": native.cuda_unavailable(),
+        "cuda_architectures": extension.cuda_architectures.split() if there else [],
+    }
+
+
+def _native_lines(native: dict[str, Any]) -> list[str]:
+    if not native["isas"]:
+        return [f"compiled kernels: none, {native['cpu']}"]
+    others = [isa for isa in native["isas"] if isa != native["isa"]]
+    threads = "threads by OpenMP" if native["openmp"] else "one thread, built without OpenMP"
+    archs = ", ".join(f"sm_{arch}" for arch in native["cuda_architectures"])
+    return [
+        f"compiled kernels: cpu with {native['isa']}"
+        + (f" (also {', '.join(others)})" if others else "")
+        + f", {threads}; "
+        + (f"cuda for {archs}" if archs else "")
+        + (f" ({native['cuda']})" if archs and native["cuda"] else native["cuda"])
+    ]
+
+
 def render(facts: dict[str, Any]) -> str:
     """Lay :func:`collect`'s facts out as text."""
     from camtl.reports.tables import plain_table
@@ -151,6 +182,7 @@ def render(facts: dict[str, Any]) -> str:
         f"{cpu['torch_threads']} threads" + (f"; {' '.join(cpu['flags'])}" if cpu["flags"] else ""),
         "memory: " + ", ".join(f"{value:.1f} GiB {name}" for name, value in memory.items()),
         "devices: " + "; ".join(facts["devices"]),
+        *_native_lines(facts["native"]),
         "environment: "
         + (", ".join(f"{name}={value}" for name, value in facts["environment"].items()) or "nothing set"),
         "",

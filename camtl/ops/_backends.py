@@ -179,7 +179,12 @@ def _fastest(op: str, call: Call) -> Callable[..., Any]:
     implementations = _REGISTRY[op]
     for backend in _FASTEST_FIRST:
         implementation = implementations.get(backend)
-        if implementation is not None and not implementation.reasons(call):
+        # First what is quickly seen: most calls that a backend refuses are on another device.
+        if (
+            implementation is not None
+            and not implementation.supports(call)
+            and not implementation.unavailable()
+        ):
             return implementation.run
     raise ValueError(f"{op}: no backend can run this call. {_all_reasons(op, call)}")
 

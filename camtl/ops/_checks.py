@@ -31,10 +31,12 @@ def fail(op: str, argument: str, given: str, accepted: str, kind: type[Exception
 def readable(tensor: Tensor) -> bool:
     """Whether checks may read values: eager CPU tensors; CUDA ones only if ``CAMTL_DEBUG`` is set.
 
-    Never under compile, export, tracing or graph capture, nor for tensors that hold no values (fake,
-    functional).
+    Never under compile, export, tracing (any dispatch mode) or graph capture, nor for tensors that hold no
+    values (fake, functional).
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not Tensor:
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or type(tensor) is not Tensor:
+        return False
+    if torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # vmap, grad: no value of its own
         return False
@@ -50,21 +52,36 @@ def floating(op: str, argument: str, x: Any, dims: Sequence[int], form: str) -> 
         fail(op, argument, type(x).__name__, f"a tensor {form}", TypeError)
     if x.dtype not in FLOATS:
         fail(op, argument, _names([x.dtype]), f"one of {_names(FLOATS)}", TypeError)
+    dense(op, argument, x)
     if x.dim() not in dims:
         fail(op, argument, f"shape {list(x.shape)}", f"of shape {form}")
 
 
 def shape(op: str, argument: str, x: Tensor, sizes: Sequence[int | None], form: str) -> None:
     """The exact shape; None in ``sizes`` admits any size."""
-    if x.dim() != len(sizes) or any(s is not None and s != n for s, n in zip(sizes, x.shape, strict=True)):
+    given = x.shape
+    fits = len(given) == len(sizes)
+    if fits:
+        for i, size in enumerate(sizes):
+            if size is not None and size != given[i]:
+                fits = False
+                break
+    if not fits:
         wanted = ", ".join("*" if s is None else str(s) for s in sizes)
         fail(op, argument, f"shape {list(x.shape)}", f"of shape {form} = [{wanted}]")
 
 
 def device(op: str, argument: str, x: Tensor, like: Tensor) -> None:
-    """On the device of the main input."""
+    """On the device of the main input, and dense like it."""
     if x.device != like.device:
         fail(op, argument, str(x.device), f"on the device of the first argument, {like.device}")
+    dense(op, argument, x)
+
+
+def dense(op: str, argument: str, x: Tensor) -> None:
+    """An ordinary tensor of strides, not a sparse or nested one."""
+    if x.layout != torch.strided:
+        fail(op, argument, f"layout {x.layout}", "a dense tensor")
 
 
 def beside(op: str, argument: str, value: Any, x: Tensor, sizes: Sequence[int | None], form: str) -> Tensor:
@@ -75,17 +92,18 @@ def beside(op: str, argument: str, value: Any, x: Tensor, sizes: Sequence[int | 
     """
     if not isinstance(value, Tensor):
         fail(op, argument, type(value).__name__, f"a tensor {form}", TypeError)
-    if value.dtype not in (x.dtype, torch.float32, *HALVES):
+    dtype = value.dtype
+    if dtype not in (x.dtype, torch.float32) and dtype not in HALVES:
         fail(
             op,
             argument,
-            _names([value.dtype]),
+            _names([dtype]),
             f"{_names([x.dtype])} as the first argument, or float32",
             TypeError,
         )
     shape(op, argument, value, sizes, form)
     device(op, argument, value, x)
-    if value.dtype != x.dtype and value.dtype in HALVES:
+    if dtype in HALVES and dtype != x.dtype:
         return value.to(torch.float32)
     return value
 
@@ -104,11 +122,20 @@ def task_ids(op: str, value: Any, x: Tensor, batch: int, num_tasks: int) -> None
     """One task id per sequence, each in [0, num_tasks)."""
     integer(op, "task_ids", value, x, (batch,), "[B], one id per sequence")
     if value.numel() and readable(value):
-        low, high = (int(v) for v in torch.aminmax(value))
+        low, high = _limits(value)
         if low < 0 or high >= num_tasks:
             fail(
                 op, "task_ids", f"{low if low < 0 else high}", f"in [0, {num_tasks}), the tasks of the tables"
             )
+
+
+def _limits(value: Tensor) -> tuple[int, int]:
+    """The smallest and the largest entry: of a few, Python finds them before PyTorch has started."""
+    if value.numel() <= 128:
+        entries = value.tolist()
+        return min(entries), max(entries)
+    low, high = torch.aminmax(value)
+    return int(low), int(high)
 
 
 def cu_seqlens(op: str, value: Any, x: Tensor, longest: int | None = None, longest_is: str = "{}") -> int:

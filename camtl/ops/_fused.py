@@ -5,8 +5,9 @@ A kernel of an op is a pair of functions from tensors to tensors::
     forward(**inputs) -> outputs                        # a tuple, in the order of FusedOp.outputs
     backward(grads, **inputs, **kept, needs) -> grads   # one per FusedOp.gradients, None where not needed
 
-with the inputs by their names in the schema, ``kept`` those outputs of the forward pass that the backward pass
-reads, ``grads`` one per public output, None where it is zero. A gradient has its input's shape and dtype.
+with the inputs by their names in the schema, ``kept`` those outputs of the forward pass that the backward
+pass reads, ``grads`` one per public output, None where it is zero. A gradient has its input's shape and
+dtype.
 
 In eager mode the kernel is launched straight from an ``autograd.Function``: half the time of a call through
 torch's dispatcher. Under compile, export and in fake tensors the same kernel is the registered op
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from camtl.ops._backends import Call, register
 
@@ -33,8 +35,11 @@ _LIBRARY = torch.library.Library("camtl", "DEF")
 class Kernel(Protocol):
     """What a backend brings for one op, see the module's description."""
 
-    forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., tuple[Tensor | None, ...]]
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """From the inputs, by name, to all outputs."""
+
+    def backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        """From the gradients of the outputs to those of the inputs."""
 
 
 class FusedOp:
@@ -49,6 +54,7 @@ class FusedOp:
         keep: names of the outputs that ``backward`` reads.
         constant: names of public outputs without a gradient (indices).
         fake: from the inputs, by name, to empty outputs of the right shapes and dtypes.
+        prepare: from the public call to one that has the inputs of the schema, where they differ.
     """
 
     def __init__(
@@ -62,15 +68,25 @@ class FusedOp:
         public: int | None = None,
         keep: Sequence[str] = (),
         constant: Sequence[str] = (),
+        prepare: Callable[[Call], Call] | None = None,
     ) -> None:
         self.name = name
-        self.arguments = tuple(part.split()[-1].partition("=")[0] for part in inputs.split(", "))
+        parts = inputs.split(", ")
+        self.arguments = tuple(part.split()[-1].partition("=")[0] for part in parts)
         self.outputs, self.gradients, self.keep = tuple(outputs), tuple(gradients), tuple(keep)
         self.public = len(self.outputs) if public is None else public
         self.constant = tuple(constant)
         self.kernels: dict[str, Kernel] = {}
         self._fake = fake
+        self._prepare = prepare
+        self._differentiable = tuple(o for o in self.outputs[: self.public] if o not in self.constant)
+        # Where things are, for eager calls: looking it up by name each time costs as much as a small kernel.
         self._positions = tuple(self.arguments.index(g) for g in self.gradients)
+        self._tensors = tuple(i for i, part in enumerate(parts) if part.startswith(("Tensor ", "Tensor? ")))
+        self._read = (*self.arguments, *self.keep)  # by backward, after the gradients
+        self._kept = tuple(self.outputs.index(k) for k in self.keep)
+        self._constant = tuple(self.outputs.index(c) for c in self.constant)
+        self._wanted = tuple(self.outputs.index(o) for o in self._differentiable)
         self._register(inputs)
         self.op = getattr(torch.ops.camtl, name).default
         self.op_backward = getattr(torch.ops.camtl, f"{name}_backward").default
@@ -81,19 +97,19 @@ class FusedOp:
         """What :func:`camtl.ops._backends.register` takes: the public arguments by name to the outputs."""
 
         def run(**call: Any) -> Any:
-            return self.run(backend, call)
+            return self.run(backend, call if self._prepare is None else self._prepare(call))
 
         return run
 
     def run(self, backend: str, call: Mapping[str, Any]) -> Any:
         """Run the op on a backend that supports the call: launched at once, or as a node of the graph."""
         values = [call[name] for name in self.arguments]
-        if torch.compiler.is_compiling() or not _plain(values):
+        if torch.compiler.is_compiling() or _watched() or not _plain(values, self._tensors):
             outputs = _many(self.op(*values, backend))
-        elif torch.is_grad_enabled() and any(_wants_grad(values[i]) for i in self._positions):
-            outputs = _Launch.apply(self, backend, *values)
+        elif torch.is_grad_enabled() and _any_wants_grad(values, self._positions):
+            outputs = _launch(self, backend, *values)
         else:
-            outputs = self.kernels[backend].forward(**dict(zip(self.arguments, values, strict=True)))
+            outputs = self.kernels[backend].forward(**dict(zip(self.arguments, values)))  # noqa: B905
         return outputs[0] if self.public == 1 else tuple(outputs[: self.public])
 
     # -- registration with torch
@@ -104,9 +120,7 @@ class FusedOp:
         kept = "".join(f", Tensor {k}" for k in self.keep)
         grads = ", ".join(f"Tensor? d_{o}" for o in self.outputs[: self.public] if o not in self.constant)
         results = ", ".join(["Tensor"] * len(self.gradients))
-        _LIBRARY.define(
-            f"{name}_backward({grads}, {inputs}{kept}, bool[] needs, str backend) -> ({results})"
-        )
+        _LIBRARY.define(f"{name}_backward({grads}, {inputs}{kept}, bool[] needs, str backend) -> ({results})")
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, self._forward_impl, key)
             _LIBRARY.impl(f"{name}_backward", self._backward_impl, key)
@@ -116,10 +130,6 @@ class FusedOp:
             f"camtl::{name}", self._autograd, setup_context=self._setup_context, lib=_LIBRARY
         )
         torch.library.register_autograd(f"camtl::{name}_backward", self._refuse, lib=_LIBRARY)
-
-    @property
-    def _differentiable(self) -> tuple[str, ...]:
-        return tuple(o for o in self.outputs[: self.public] if o not in self.constant)
 
     def _forward_impl(self, *values: Any) -> Any:
         *inputs, backend = values
@@ -131,13 +141,12 @@ class FusedOp:
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *values, backend = inputs
         output = _many(output)
-        kept = [output[self.outputs.index(k)] for k in self.keep]
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
             *(o for o, n in zip(output, self.outputs, strict=True) if n not in self._differentiable)
         )
-        _save(ctx, [*values, *kept])
+        self._save(ctx, values, output)
 
     def _autograd(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         needs = [ctx.needs_input_grad[i] for i in self._positions]
@@ -146,15 +155,32 @@ class FusedOp:
         ]  # the others have none
         gradients: list[Any] = [None] * (len(self.arguments) + 1)
         if any(g is not None for g in wanted):
-            found = _many(self.op_backward(*wanted, *_saved(ctx), needs, ctx.backend))
+            found = _many(self.op_backward(*wanted, *self._saved(ctx), needs, ctx.backend))
             for position, need, gradient in zip(self._positions, needs, found, strict=True):
                 gradients[position] = gradient if need else None
         return tuple(gradients)
 
+    def _save(self, ctx: Any, values: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        """Tensors through autograd, which notices when they change in place; other values as they are."""
+        rest = list(values)
+        kept = [outputs[i] for i in self._kept]
+        ctx.save_for_backward(*[values[i] for i in self._tensors], *kept)
+        for i in self._tensors:
+            rest[i] = None
+        ctx.rest = rest
+
+    def _saved(self, ctx: Any) -> list[Any]:
+        tensors = ctx.saved_tensors
+        values = list(ctx.rest)
+        for i, position in enumerate(self._tensors):
+            values[position] = tensors[i]
+        values.extend(tensors[len(self._tensors) :])
+        return values
+
     def _call_backward(
         self, backend: str, grads: Sequence[Tensor | None], saved: Sequence[Any], needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
-        named = dict(zip((*self.arguments, *self.keep), saved, strict=True))
+        named = dict(zip(self._read, saved))  # noqa: B905
         return self.kernels[backend].backward(tuple(grads), **named, needs=tuple(needs))
 
     def _backward_impl(self, *values: Any) -> Any:
@@ -202,25 +228,29 @@ def _no_second_derivative(name: str) -> str:
     )
 
 
-def _plain(values: Sequence[Any]) -> bool:
-    """Whether all tensors are ordinary ones that own memory: not fake, not functional, no subclass."""
-    return all(type(v) in (Tensor, torch.nn.Parameter) for v in values if isinstance(v, Tensor))
+def _watched() -> bool:
+    """Whether a dispatch mode or ``torch.jit.trace`` looks on: they miss what the dispatcher does not do."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._is_tracing()
 
 
-def _wants_grad(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _save(ctx: Any, values: Sequence[Any]) -> None:
-    """Tensors through autograd, which notices when they are changed in place; other values as they are."""
-    ctx.save_for_backward(*(v for v in values if isinstance(v, Tensor)))
-    ctx.values = [None if isinstance(v, Tensor) else v for v in values]
-    ctx.is_tensor = [isinstance(v, Tensor) for v in values]
+def _plain(values: Sequence[Any], tensors: Sequence[int]) -> bool:
+    """Whether memory holds the tensors' numbers: none is fake, of a subclass, or has a sign to change yet."""
+    for i in tensors:
+        value = values[i]
+        if value is not None and (type(value) not in _PLAIN or value.is_neg()):
+            return False
+    return True
 
 
-def _saved(ctx: Any) -> list[Any]:
-    tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if t else v for t, v in zip(ctx.is_tensor, ctx.values, strict=True)]
+def _any_wants_grad(values: Sequence[Any], positions: Sequence[int]) -> bool:
+    for i in positions:
+        value = values[i]
+        if value is not None and value.requires_grad:
+            return True
+    return False
 
 
 class _Launch(torch.autograd.Function):
@@ -228,36 +258,45 @@ class _Launch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, fused: FusedOp, backend: str, *values: Any) -> tuple[Tensor, ...]:
-        outputs = fused.kernels[backend].forward(**dict(zip(fused.arguments, values, strict=True)))
+        outputs = fused.kernels[backend].forward(**dict(zip(fused.arguments, values)))  # noqa: B905
         ctx.fused, ctx.backend = fused, backend
         ctx.set_materialize_grads(False)
-        public = outputs[: fused.public]
-        if fused.constant:
-            ctx.mark_non_differentiable(*(public[fused.outputs.index(c)] for c in fused.constant))
-        _save(ctx, [*values, *(outputs[fused.outputs.index(k)] for k in fused.keep)])
-        return public
+        if fused._constant:
+            ctx.mark_non_differentiable(*[outputs[i] for i in fused._constant])
+        fused._save(ctx, values, outputs)
+        return outputs[: fused.public]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         fused: FusedOp = ctx.fused
-        needs = [ctx.needs_input_grad[2 + p] for p in fused._positions]
-        wanted = [
-            g for g, o in zip(grads, fused.outputs, strict=False) if o in fused._differentiable
-        ]
+        needed = ctx.needs_input_grad
+        needs = [needed[2 + p] for p in fused._positions]
+        wanted: list[Tensor | None] = []
+        for i in fused._wanted:
+            grad = grads[i]
+            wanted.append(grad if grad is None else grad.resolve_neg())
         gradients: list[Any] = [None] * (2 + len(fused.arguments))
         if all(g is None for g in wanted):
             return tuple(gradients)
-        saved = _saved(ctx)
-        with torch.no_grad():
-            found: Sequence[Tensor | None] = fused._call_backward(ctx.backend, wanted, saved, needs)
-        if torch.is_grad_enabled():  # create_graph=True: whoever differentiates these again hears why not
+        saved = fused._saved(ctx)
+        found: Sequence[Tensor | None]
+        if not torch.is_grad_enabled():
+            found = fused._call_backward(ctx.backend, wanted, saved, needs)
+        else:  # create_graph=True: whoever differentiates these again hears why not
+            with torch.no_grad():
+                found = fused._call_backward(ctx.backend, wanted, saved, needs)
             there = [g for g in found if g is not None]
             anchors = [v for v in (*wanted, *saved) if isinstance(v, Tensor)]
             linked = iter(_Once.apply(fused.name, len(there), *there, *anchors))
             found = [None if g is None else next(linked) for g in found]
-        for position, gradient in zip(fused._positions, found, strict=True):
+        for position, gradient in zip(fused._positions, found):  # noqa: B905
             gradients[2 + position] = gradient
         return tuple(gradients)
+
+
+# What _Launch.apply calls in the end. Before, it looks through the arguments for torch.func's tensors, which
+# supports() has refused already, in the time of a small kernel.
+_launch = super(torch.autograd.Function, _Launch).apply
 
 
 class _Once(torch.autograd.Function):
@@ -274,15 +313,19 @@ class _Once(torch.autograd.Function):
 
 
 def transforms(call: Call) -> list[str]:
-    """The reason against kernels inside ``torch.func`` transforms (vmap, grad, jvp), whose tensors have none of
-    the memory that kernels read; a part of each backend's ``supports``.
+    """The reason against kernels inside ``torch.func`` transforms (vmap, grad, jvp), whose tensors have none
+    of the memory that kernels read, and against forward-mode derivatives; a part of each ``supports``.
     """
     if torch.compiler.is_compiling():
         return []
-    inside = any(
-        isinstance(v, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v) for v in call.values()
-    )
-    return ["torch.func transforms (vmap, grad) run on reference only"] if inside else []
+    if torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
+        return []
+    tensors = [v for v in call.values() if isinstance(v, Tensor)]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(v) for v in tensors):
+        return ["torch.func transforms (vmap, grad) run on reference only"]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(v).tangent is not None for v in tensors):
+        return ["forward-mode derivatives run on reference only"]
+    return []
 
 
 def cpu_reasons(call: Call) -> list[str]:
@@ -298,6 +341,30 @@ def register_cpu(fused: FusedOp, kernel: Kernel, supports: Callable[[Call], list
     from camtl.native import cpu_unavailable
 
     fused.kernels["cpu"] = kernel
+    register(fused.name, "cpu", fused.implementation("cpu"), supports=supports, unavailable=cpu_unavailable)
+
+
+def cuda_reasons(call: Call) -> list[str]:
+    """Why the CUDA C++ kernels cannot run a call: they need CUDA tensors, and compute in float32."""
+    first = next(iter(call.values()))
+    if first.device.type != "cuda":
+        return [f"needs CUDA tensors; got {first.device}"]
+    reasons = ["has no float64"] if first.dtype == torch.float64 else []
+    if not torch.compiler.is_compiling() and max(first.shape[:-1].numel(), first.shape[-1]) >= _COUNTED:
+        reasons.append(f"counts fewer than 2^31 rows and features; got {list(first.shape)}")
+    return reasons + transforms(call)
+
+
+_COUNTED = 2**31 - 4096
+
+
+def register_cuda(
+    fused: FusedOp, kernel: Kernel, supports: Callable[[Call], list[str]] = cuda_reasons
+) -> None:
+    """Let the CUDA C++ kernels run an op."""
+    from camtl.native import cuda_unavailable
+
+    fused.kernels["cuda"] = kernel
     register(
-        fused.name, "cpu", fused.implementation("cpu"), supports=supports, unavailable=cpu_unavailable
+        fused.name, "cuda", fused.implementation("cuda"), supports=supports, unavailable=cuda_unavailable
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from camtl.native import bias_gelu as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
+from camtl.ops._fused import FusedOp, register_cpu
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -31,4 +34,12 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
     return dispatch("bias_gelu", backend, {"x": x, "bias": bias})
 
 
+def _fake(x: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (torch.empty(x.shape, dtype=x.dtype, device=x.device),)
+
+
+_fused = FusedOp(
+    "bias_gelu", inputs="Tensor x, Tensor bias", outputs=("y",), gradients=("x", "bias"), fake=_fake
+)
 register("bias_gelu", "reference", reference.bias_gelu)
+register_cpu(_fused, native)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from camtl.native import conditional_attention as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
 from camtl.ops._dropout import draw_seed
+from camtl.ops._fused import FusedOp, register_cpu
 
 _OP = "conditional_attention"
 
@@ -173,4 +177,20 @@ def conditional_attention(
     return dispatch(_OP, backend, call)
 
 
+def _fake(q: Tensor, k: Tensor | None, cu_seqlens: Tensor | None, **rest: Any) -> tuple[Tensor, Tensor]:
+    return native.outputs(q, k, cu_seqlens)
+
+
+_fused = FusedOp(
+    _OP,
+    inputs="Tensor q, Tensor? k, Tensor? v, Tensor? table, Tensor? gamma, Tensor? beta, Tensor? task_ids, "
+    "Tensor? attention_mask, Tensor? cu_seqlens, SymInt? max_seqlen, float? scale, float dropout_p, "
+    "Tensor? dropout_seed",
+    outputs=("out", "lse"),
+    public=1,
+    keep=("out", "lse"),
+    gradients=("q", "k", "v", "table", "gamma", "beta"),
+    fake=_fake,
+)
 register(_OP, "reference", reference.conditional_attention)
+register_cpu(_fused, native)

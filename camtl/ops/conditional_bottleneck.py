@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from camtl.native import conditional_bottleneck as native
 from camtl.ops import _checks, reference
-from camtl.ops._backends import dispatch, register
+from camtl.ops._backends import Call, dispatch, register
+from camtl.ops._fused import FusedOp, register_cpu
 
 _OP = "conditional_bottleneck"
 
@@ -87,4 +90,54 @@ def conditional_bottleneck(
     return dispatch(_OP, backend, call)
 
 
+def _prepare(call: Call) -> Call:
+    """The dtype of the products: autocast's where it is on (it leaves float64 alone), else x's."""
+    x = call["x"]
+    kind = x.device.type
+    autocast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind)
+    on = autocast and torch.is_autocast_enabled(kind)
+    return {**call, "product_dtype": torch.get_autocast_dtype(kind) if on else x.dtype}
+
+
+def _fake(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    task_ids: Tensor,
+    activation: str,
+    residual: Tensor | None,
+    cu_seqlens: Tensor | None,
+    product_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    rows = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
+    neck = x.new_empty((rows, down_weight.shape[0]), dtype=product_dtype)
+    return x.new_empty(x.shape), neck
+
+
+_fused = FusedOp(
+    _OP,
+    inputs="Tensor x, Tensor gamma, Tensor beta, Tensor down_weight, Tensor down_bias, Tensor up_weight, "
+    "Tensor up_bias, Tensor task_ids, str activation, Tensor? residual, Tensor? cu_seqlens, "
+    "ScalarType product_dtype",
+    outputs=("y", "neck"),
+    public=1,
+    keep=("neck",),
+    gradients=(
+        "x",
+        "gamma",
+        "beta",
+        "down_weight",
+        "down_bias",
+        "up_weight",
+        "up_bias",
+        "residual",
+    ),
+    fake=_fake,
+    prepare=_prepare,
+)
 register(_OP, "reference", reference.conditional_bottleneck)
+register_cpu(_fused, native)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from camtl.native import conditional_layer_norm as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
 from camtl.ops._dropout import draw_seed
+from camtl.ops._fused import FusedOp, register_cpu
 
 _OP = "conditional_layer_norm"
 
@@ -115,4 +120,22 @@ def conditional_layer_norm(
     return dispatch(_OP, backend, call)
 
 
+def _fake(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean = torch.empty(x.shape[:-1], dtype=acc, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), mean, torch.empty_like(mean)
+
+
+_fused = FusedOp(
+    _OP,
+    inputs="Tensor x, Tensor weight, Tensor bias, Tensor? gamma, Tensor? beta, Tensor? task_ids, "
+    "Tensor? bias_shift, Tensor? x_bias, Tensor? residual, float dropout_p, Tensor? dropout_seed, float eps, "
+    "Tensor? cu_seqlens",
+    outputs=("y", "mean", "rstd"),
+    public=1,
+    keep=("mean", "rstd"),
+    gradients=("x", "weight", "bias", "gamma", "beta", "bias_shift", "x_bias", "residual"),
+    fake=_fake,
+)
 register(_OP, "reference", reference.conditional_layer_norm)
+register_cpu(_fused, native)

@@ -8,7 +8,7 @@ from torch import Tensor
 from camtl.native import film as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
-from camtl.ops._fused import FusedOp, register_cpu
+from camtl.ops._fused import FusedOp, register_cpu, register_cuda
 
 
 def film(
@@ -67,3 +67,4 @@ _fused = FusedOp(
 )
 register("film", "reference", reference.film)
 register_cpu(_fused, native)
+register_cuda(_fused, native.Cuda)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from camtl.native import multitask_loss as native
 from camtl.ops import _checks, reference
-from camtl.ops._backends import dispatch, register
+from camtl.ops._backends import Call, dispatch, register
+from camtl.ops._fused import FusedOp, cpu_reasons, register_cpu
 
 _OP = "multitask_loss"
 _KINDS = ("ce", "mse", "bce")
@@ -104,39 +107,105 @@ def _check_labels(
         _checks.shape(_OP, "labels", labels, (B,), "[B]")
     _checks.device(_OP, "labels", labels, features)
     if _checks.readable(labels) and _checks.readable(task_ids):
-        first = (labels if labels.dim() == 1 else labels[:, 0]).to(torch.float64)
-        classes = torch.tensor(
-            [size if kind == "ce" else 0 for kind, size in zip(kinds, sizes, strict=True)],
-            device=labels.device,
-        )[task_ids]
-        wrong = (classes > 0) & ~((first >= 0) & (first < classes) & (first == first.floor()))
-        if bool(wrong.any()):
-            b = int(wrong.to(torch.int8).argmax())
-            t, value = int(task_ids[b]), float(first[b])
-            _checks.fail(_OP, "labels", f"{value:g} at {b} (task {t})", f"a class number in [0, {sizes[t]})")
-        _check_values(labels, first, sizes, kinds, task_ids)
+        rows = range(B) if B <= _FEW else _suspects(labels, sizes, kinds, task_ids)
+        if len(rows):
+            _check_values(labels, sizes, kinds, task_ids, rows)
+
+
+# So many samples Python looks through in less time than a handful of calls of PyTorch take.
+_FEW = 64
+
+
+def _suspects(
+    labels: Tensor, sizes: tuple[int, ...], kinds: tuple[str, ...], task_ids: Tensor
+) -> Sequence[int]:
+    """The samples whose labels are wrong: no class number, not finite for mse, not in [0, 1] for bce."""
+
+    def of_task(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=labels.device)[task_ids]
+
+    def where(kind: str) -> Tensor:
+        return of_task([k == kind for k in kinds])
+
+    table = labels.detach().to(torch.float64).view(labels.shape[0], -1)
+    first, size = table[:, 0], of_task(sizes)
+    wrong = where("ce") & ~((first >= 0) & (first < size) & (first == first.floor()))
+    if "mse" in kinds:
+        wrong |= where("mse") & ~first.isfinite()
+    if "bce" in kinds:
+        own = torch.arange(table.shape[1], device=labels.device) < size[:, None]
+        wrong |= where("bce") & (own & ~((table >= 0) & (table <= 1))).any(1)
+    found: list[int] = wrong.nonzero()[:, 0].tolist()
+    return found
 
 
 def _check_values(
-    labels: Tensor, first: Tensor, sizes: tuple[int, ...], kinds: tuple[str, ...], task_ids: Tensor
+    labels: Tensor,
+    sizes: tuple[int, ...],
+    kinds: tuple[str, ...],
+    task_ids: Tensor,
+    rows: Sequence[int],
 ) -> None:
-    """Finite targets for mse, targets in [0, 1] for bce; ``first`` is the first column of the labels."""
-    mse = torch.tensor([kind == "mse" for kind in kinds], device=labels.device)[task_ids]
-    wrong = mse & ~first.isfinite()
-    if bool(wrong.any()):
-        b = int(wrong.to(torch.int8).argmax())
-        _checks.fail(_OP, "labels", f"{float(first[b])} at {b} (task {int(task_ids[b])})", "finite for mse")
-    if "bce" in kinds:
-        own = torch.tensor(
-            [size if kind == "bce" else 0 for kind, size in zip(kinds, sizes, strict=True)],
-            device=labels.device,
-        )[task_ids]
-        mine = torch.arange(labels.shape[1], device=labels.device) < own[:, None]
-        outside = mine & ~((labels >= 0) & (labels <= 1))
-        if bool(outside.any()):
-            b, c = (int(i) for i in outside.nonzero()[0])
-            given = f"{float(labels[b, c]):g} at [{b}, {c}] (task {int(task_ids[b])})"
-            _checks.fail(_OP, "labels", given, "in [0, 1] for bce")
+    """Class numbers for ce, finite targets for mse, targets in [0, 1] for bce, in these rows."""
+    few = isinstance(rows, range)  # all of them
+    ids = (task_ids if few else task_ids[rows]).tolist()
+    given = (labels if few else labels[rows]).tolist()
+    for b, t, row in zip(rows, ids, given, strict=True):
+        first, kind, size = row[0] if isinstance(row, list) else row, kinds[t], sizes[t]
+        if kind == "ce":
+            if not (0 <= first < size and first == int(first)):
+                text = f"{first:g} at {b} (task {t})"
+                _checks.fail(_OP, "labels", text, f"a class number in [0, {size})")
+        elif kind == "mse":
+            if not math.isfinite(first):
+                _checks.fail(_OP, "labels", f"{float(first)} at {b} (task {t})", "finite for mse")
+        else:
+            for c, value in enumerate(row[:size]):
+                if not 0 <= value <= 1:
+                    text = f"{value:g} at [{b}, {c}] (task {t})"
+                    _checks.fail(_OP, "labels", text, "in [0, 1] for bce")
 
 
+def _prepare(call: Call) -> Call:
+    return {**call, "loss_types": tuple([_KINDS.index(kind) for kind in call["loss_types"]])}
+
+
+def _fake(
+    features: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    head_sizes: Sequence[int],
+    task_ids: Tensor,
+    labels: Tensor | None,
+    loss_types: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = torch.float64 if features.dtype == torch.float64 else torch.float32
+    B, C_max = features.shape[0], max(head_sizes)
+    return (
+        features.new_empty((len(head_sizes),), dtype=acc),
+        features.new_empty((B, C_max)),
+        features.new_empty((B,), dtype=acc),
+        features.new_empty((B, C_max), dtype=acc),
+    )
+
+
+def _cpu_reasons(call: Call) -> list[str]:
+    labels = call["labels"]
+    if labels is not None and labels.requires_grad and torch.is_grad_enabled():
+        return ["gradients of labels run on reference only"]
+    return cpu_reasons(call)
+
+
+_fused = FusedOp(
+    _OP,
+    inputs="Tensor features, Tensor head_weight, Tensor head_bias, int[] head_sizes, Tensor task_ids, "
+    "Tensor? labels, int[] loss_types",
+    outputs=("loss_per_task", "logits", "entropy", "z"),
+    public=3,
+    keep=("z",),
+    gradients=("features", "head_weight", "head_bias"),
+    fake=_fake,
+    prepare=_prepare,
+)
 register(_OP, "reference", reference.multitask_loss)
+register_cpu(_fused, native, _cpu_reasons)

@@ -324,7 +324,9 @@ def multitask_loss(
     if "mse" in kinds:
         loss = torch.where(mse, (z[:, 0] - y[:, 0].to(acc)).square(), loss)
     if "bce" in kinds:
-        losses = F.binary_cross_entropy_with_logits(z, y.to(acc).masked_fill(~own, 0.0), reduction="none")
+        read = own & bce[:, None]  # what other columns hold, NaN even, must reach no gradient
+        targets = y.to(acc).masked_fill(~read, 0.0)
+        losses = F.binary_cross_entropy_with_logits(z, targets, reduction="none")
         loss = torch.where(bce, (losses * own).sum(-1) / C, loss)
     is_task = task_ids == torch.arange(T, device=device)[:, None]  # [T, B]
     per_task = torch.where(is_task, loss, 0.0).sum(1) / is_task.sum(1).clamp(min=1)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from camtl.native import select_uncertain as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
+from camtl.ops._fused import FusedOp, register_cpu
 
 _OP = "select_uncertain"
 
@@ -80,4 +83,28 @@ def select_uncertain(
     return dispatch(_OP, backend, call)
 
 
+def _fake(
+    entropy: Tensor,
+    task_ids: Tensor,
+    k: int,
+    num_tasks: int,
+    score: str,
+    borrow: Sequence[int] | None,
+    reserve: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    acc = torch.float64 if entropy.dtype == torch.float64 else torch.float32
+    places = torch.sym_min(k, entropy.shape[0])
+    return entropy.new_empty((places,), dtype=torch.int64), entropy.new_empty(entropy.shape, dtype=acc)
+
+
+_fused = FusedOp(
+    _OP,
+    inputs="Tensor entropy, Tensor task_ids, SymInt k, int num_tasks, str score, int[]? borrow, "
+    "int[]? reserve",
+    outputs=("indices", "scores"),
+    constant=("indices",),
+    gradients=("entropy",),
+    fake=_fake,
+)
 register(_OP, "reference", reference.select_uncertain)
+register_cpu(_fused, native)
