@@ -18,27 +18,30 @@ LEVELS = {
     "errors": 0,
     "_version": 0,
     "_io": 0,
-    "ops": 1,
-    "nn": 2,
-    "tasks": 3,
-    "data": 4,
-    "models": 5,
-    "fusing": 5,
-    "training": 6,
-    "serving": 6,
-    "reports": 6,
-    "export": 6,
-    "info": 7,
-    "cli": 7,
-    "__main__": 8,
+    "native": 1,
+    "ops": 2,
+    "nn": 3,
+    "tasks": 4,
+    "data": 5,
+    "models": 6,
+    "fusing": 6,
+    "training": 7,
+    "serving": 7,
+    "reports": 7,
+    "export": 7,
+    "info": 8,
+    "cli": 8,
+    "__main__": 9,
 }
 # Third-party packages that a part must not import when it is imported itself (inside functions they may).
 HEAVY = {
+    "native": {"transformers", "datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
     "ops": {"transformers", "datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
     "nn": {"transformers", "datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
     "models": {"datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in LEVELS)
+NATIVE_SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
 
 def is_module(name: str) -> bool:
@@ -80,6 +83,13 @@ def test_every_part_has_a_level() -> None:
         entry.stem for entry in PACKAGE.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").exists()
     }
     assert parts - {"__init__"} <= set(LEVELS)
+
+
+def test_only_ops_and_info_know_the_kernels() -> None:
+    for path in SOURCES:
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own not in {"native", "ops", "info"}:
+            assert not any(name.startswith("camtl.native") for name, _ in imported_modules(path)), path
 
 
 def test_no_import_circles() -> None:
@@ -138,7 +148,7 @@ def test_ops_are_functions_also_after_their_module_was_imported() -> None:
     assert callable(camtl.ops.film)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", SOURCES + NATIVE_SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_can_be_read_in_one_go(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
 

@@ -142,3 +142,22 @@ def test_info_says_what_can_run(run) -> None:
     assert facts["packages"]["torch"]
     unavailable = [entry for entry in facts["backends"] if not entry["available"]]
     assert all(entry["reason"] for entry in unavailable)
+
+
+def test_info_shows_the_compiled_kernels(run) -> None:
+    from camtl import native
+    from camtl.info import collect, render
+
+    facts = collect()
+    if native.extension is not None:
+        assert facts["native"]["isa"] in facts["native"]["isas"]
+        assert facts["native"]["isas"][-1] == "baseline"
+        assert f"compiled kernels: cpu with {native.extension.cpu.isa()}" in run("info").out
+    built = {"cpu": "", "isa": "avx2", "isas": ["avx2", "baseline"], "openmp": True}
+    facts["native"] = {**built, "cuda": "no CUDA device", "cuda_architectures": ["80", "90"]}
+    expected = "cpu with avx2 (also baseline), threads by OpenMP; cuda for sm_80, sm_90 (no CUDA device)"
+    assert expected in render(facts)
+    facts["native"] = {**built, "cuda": "this build has no CUDA kernels: why", "cuda_architectures": []}
+    assert "OpenMP; this build has no CUDA kernels: why\n" in render(facts)
+    facts["native"] = {"cpu": "CAMTL_BUILD_NATIVE=0", "isas": []}
+    assert "compiled kernels: none, CAMTL_BUILD_NATIVE=0" in render(facts)

@@ -10,11 +10,12 @@ import threading
 import warnings
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from camtl import ops
+from camtl import native, ops
 from camtl.ops import _backends, reference
 
 OPS = (
@@ -81,6 +82,75 @@ def test_reference_and_public_function_take_the_same_arguments(op):
         assert (public[name].kind, public[name].default) == (plain[name].kind, plain[name].default)
 
 
+def test_a_compiled_module_that_is_there_loads():
+    """Else every test of the kernels would be skipped, and nobody would notice."""
+    assert "does not load" not in native.cpu_unavailable()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_kernels_for_the_cpu(op):
+    assert _backends._REGISTRY[op]["cpu"].unavailable() == native.cpu_unavailable()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How often film's C++ kernel ran."""
+    fused, seen = sys.modules["camtl.ops.film"]._fused, []
+    kernel = fused.kernels["cpu"]
+
+    def forward(**inputs):
+        seen.append(1)
+        return kernel.forward(**inputs)
+
+    monkeypatch.setitem(fused.kernels, "cpu", SimpleNamespace(forward=forward, backward=kernel.backward))
+    return seen
+
+
+@pytest.mark.skipif(bool(native.cpu_unavailable()), reason=native.cpu_unavailable())
+def test_the_kernels_are_the_default_for_cpu_tensors(launches):
+    film()
+    assert len(launches) == 1
+    ops.film(
+        *(torch.ones(s, device="meta") for s in ((2, 4), (1, 4), (1, 4))), torch.zeros(2).long().to("meta")
+    )
+    with ops.set_backend("reference"):
+        film()
+    film("reference")
+    assert len(launches) == 1
+    ops.set_backend("cpu")
+    film()
+    film("cpu")
+    assert len(launches) == 3
+
+
+def test_without_the_compiled_module_reference_runs_silently(monkeypatch):
+    monkeypatch.setattr(native, "_reason", "not part of this installation: a reason")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert film().shape == (2, 4)
+    with pytest.raises(ValueError, match="cpu: not part of this installation: a reason"):
+        film("cpu")
+    row = {
+        "op": "film",
+        "backend": "cpu",
+        "available": False,
+        "reason": "not part of this installation: a reason",
+    }
+    assert row in ops.backend_report()
+
+
+def test_an_installation_without_the_compiled_module():
+    """As CAMTL_BUILD_NATIVE=0 leaves it: everything imports and runs."""
+    code = (
+        "import sys; sys.modules['camtl._native'] = None\n"
+        "import torch, camtl.ops as ops; from camtl import native\n"
+        "print(native.cpu_unavailable()); x = torch.ones(2, 3)\n"
+        "ops.film(x, x[:1], x[:1], torch.tensor([0, 0]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "not part of this installation" in done.stdout
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_report_says_what_is_there(op, backend):
@@ -101,7 +171,8 @@ def test_report_asks_the_backend(monkeypatch):
         assert row in ops.backend_report()
 
 
-def test_an_order_for_a_missing_backend_raises_with_all_reasons():
+def test_an_order_for_a_missing_backend_raises_with_all_reasons(monkeypatch):
+    monkeypatch.delitem(_backends._REGISTRY["film"], "cuda", raising=False)
     with pytest.raises(ValueError, match="film: backend='cuda' cannot run this call") as error:
         film("cuda")
     text = str(error.value)

@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from camtl import ops
 from camtl.ops import _checks
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 T, B, S, D, H, Dh, L, w = 3, 2, 4, 6, 2, 3, 5, 2
 f = torch.randn
 ids = torch.tensor([0, 2])
@@ -109,6 +111,10 @@ CASES = [  # call, what changes, error, message
         ValueError,
         "gamma must be on the device of the first argument, cpu; got meta",
     ),
+    (film, {"x": f(B, D).to_sparse()}, ValueError, "x must be a dense tensor; got layout torch.sparse_coo"),
+    (film, {"x": f(B, D).to_mkldnn()}, ValueError, "x must be a dense tensor; got layout torch._mkldnn"),
+    (film, {"beta": f(T, D).to_sparse()}, ValueError, "beta must be a dense tensor; got layout"),
+    (film, {"task_ids": ids.to_sparse()}, ValueError, "task_ids must be a dense tensor; got layout"),
     (film, {"task_ids": [0, 2]}, TypeError, "task_ids must be an int64 or int32 tensor .*; got list"),
     (film, {"task_ids": ids.float()}, TypeError, "task_ids must be int64 or int32; got float32"),
     (film, {"task_ids": ids[:1]}, ValueError, r"task_ids must be of shape .* = \[2\]; got shape \[1\]"),

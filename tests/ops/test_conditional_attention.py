@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from camtl import ops
 from camtl.ops import reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def bias_entry(table, gamma, beta, t, i, j):
     """``M_t[i, j]`` as the formula says it, with ``table`` [L, w] or [T, L, w]."""

@@ -7,6 +7,10 @@ import torch
 
 from camtl import ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
 
 def naive(h, x, gamma, beta, down, down_bias, up, up_bias, tasks, activation, residual):
     y = torch.empty_like(x)
@@ -57,6 +61,151 @@ def test_packed_equals_padded_and_the_tail_is_zero(h):
     assert all(g.isfinite().all() for g in grads)
     assert (grads[0][6:] == 0).all()
     assert (grads[1][6:] == 0).all()
+
+
+def small(h, T, D, K):
+    """Tables and weights of the size that keeps numbers near 1."""
+    scale = (1.0, 1.0, D**-0.5, 1.0, K**-0.5, 1.0)
+    return [s * p.detach() for s, p in zip(scale, weights(h, T, D, K), strict=True)]
+
+
+NAMES = ("x", "gamma", "beta", "down_weight", "down_bias", "up_weight", "up_bias", "residual")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("D", "K"), [(1, 1), (33, 11), (384, 128), (768, 256), (1000, 333), (1024, 7)])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_rule(h, backend, dtype, D, K, activation):
+    """Task 3 has no sequence."""
+    tasks = torch.tensor([0, 2, 1, 2])
+    inputs = [h.leaf(4, 19, D), *small(h, 4, D, K), h.leaf(4, 19, D)]
+
+    def call(on, *a):
+        return ops.conditional_bottleneck(*a[:-1], tasks, activation=activation, residual=a[-1], backend=on)
+
+    h.assert_rule(call, inputs, dtype, backend=backend, names=NAMES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("form", ["two dimensional", "packed", "tail", "no sequence", "no rows"])
+def test_rule_other_forms(h, backend, dtype, with_residual, form):
+    lengths = {"packed": (29, 0, 1, 64, 0), "tail": (65, 0, 3), "no sequence": (), "no rows": (0, 0)}.get(
+        form
+    )
+    rows = 50 if lengths is None else sum(lengths) + (7 if form in ("tail", "no sequence") else 0)
+    starts = None if lengths is None else h.cu(*lengths)
+    tasks = torch.randint(0, 4, (50 if lengths is None else len(lengths),), dtype=torch.int32)
+    inputs = [h.leaf(rows, 33), *small(h, 5, 33, 11), h.leaf(rows, 33)]
+
+    def call(on, *a):
+        return ops.conditional_bottleneck(
+            *a[:-1], tasks, activation="gelu", residual=a[-1] if with_residual else None, cu_seqlens=starts,
+            backend=on,
+        )  # fmt: skip
+
+    if not with_residual:
+        inputs, call = inputs[:-1], (lambda on, *a, call=call: call(on, *a, None))
+    h.assert_rule(call, inputs, dtype, backend=backend, wide=range(1, 7), names=NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("starts", [None, (0, 3, 3, 60)])
+def test_float32_residual_beside_sixteen_bit(h, backend, dtype, starts):
+    tasks = torch.tensor([0, 2, 1])
+    cu = None if starts is None else torch.tensor(starts, dtype=torch.int32)
+    size = (64, 33) if starts else (3, 20, 33)
+    inputs = [h.leaf(*size), *small(h, 4, 33, 11), h.leaf(*size)]
+
+    def call(on, *a):
+        return ops.conditional_bottleneck(*a[:-1], tasks, residual=a[-1], cu_seqlens=cu, backend=on)
+
+    h.assert_rule(call, inputs, dtype, backend=backend, wide=(*range(1, 7), 7), names=NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+def test_autocast_rounds_where_reference_rounds(h, backend, dtype, activation, inside):
+    """The products' dtype is autocast's, in both passes, wherever the backward pass runs."""
+    tasks = torch.tensor([0, 2, 1, 2])
+    parameters = small(h, 4, 96, 32)
+    inputs = [h.leaf(4, 30, 96), *parameters, h.leaf(4, 30, 96)]
+    rows = 120
+    found = []
+    truth_inputs = [x.detach().to(dtype).double().requires_grad_() for x in inputs]
+    truth = ops.conditional_bottleneck(
+        *truth_inputs[:-1], tasks, activation=activation, residual=truth_inputs[-1], backend="reference"
+    )
+    cotangent = torch.randn(truth.shape).double().to(dtype)
+    true = [truth.detach(), *torch.autograd.grad(truth, truth_inputs, cotangent.double())]
+    for on in ("reference", backend):
+        given = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ops.conditional_bottleneck(
+                *given[:-1], tasks, activation=activation, residual=given[-1], backend=on
+            )
+            if inside:
+                grads = torch.autograd.grad(y, given, cotangent)
+        if not inside:
+            grads = torch.autograd.grad(y, given, cotangent)
+        found.append([y.detach(), *grads])
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.bfloat16).eps
+    for n, (want, theirs, ours) in enumerate(zip(true, *found, strict=True)):
+        assert ours.dtype == theirs.dtype == dtype
+        measure, error = h.largest_error(theirs, want), h.largest_error(ours, want)
+        floor = eps * float(want.abs().max()) * (rows**0.5 if dtype == torch.float64 else 1)
+        assert error <= (2 if n == 0 else 3) * max(measure, floor), NAMES[n - 1] if n else "y"
+    if dtype == torch.float32:  # it was autocast that rounded
+        assert h.largest_error(found[1][0], true[0]) > 10 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_run_or_old_memory(h, dtype):
+    """Nor on threads as far as PyTorch's products do not."""
+    tasks, starts = torch.tensor([0, 2, 1, 2]), h.cu(70, 0, 130, 90)
+    inputs = [h.leaf(300, 96, dtype=dtype), *small(h, 3, 96, 32), h.leaf(300, 96, dtype=dtype)]
+
+    def call():
+        out, grads = h.outputs_and_gradients(
+            lambda x, *a: ops.conditional_bottleneck(
+                x, *(p.to(dtype) for p in a[:-1]), tasks, activation="gelu", residual=a[-1], cu_seqlens=starts
+            ),
+            inputs,
+        )
+        return (*out, *grads)
+
+    clean = call()
+    with h.poisoned():
+        found = call()
+    for a, b, c in zip(clean, found, call(), strict=True):
+        assert torch.equal(h.bits(a), h.bits(b))
+        assert torch.equal(h.bits(a), h.bits(c))
+
+
+@pytest.mark.parametrize(
+    "cotangent",
+    [
+        lambda y: torch.randn(()).double().expand(y.shape),
+        lambda y: torch.randn(y.shape[-1]).double().expand(y.shape),
+        lambda y: torch.randn(y.shape[1], y.shape[0], y.shape[2]).double().transpose(0, 1),
+        lambda y: torch.randn(*y.shape[:-1], 2 * y.shape[-1]).double()[..., ::2],
+    ],
+)
+def test_any_strides(h, cotangent):
+    tasks = torch.tensor([1, 0, 1])
+    wide = torch.randn(4, 3, 20).double()
+    x, residual = wide.transpose(0, 1)[..., 2:8], wide.transpose(0, 1)[..., 8::2]
+    parameters = [p.mT.contiguous().mT if p.dim() == 2 else p for p in weights(h, 2, 6, 2)]
+    inputs = [x.detach().requires_grad_(), *parameters, residual.detach().requires_grad_()]
+    results = []
+    for f, on in ((lambda v: v, None), (torch.Tensor.contiguous, "reference")):
+        given = [f(v) for v in inputs]
+        y = ops.conditional_bottleneck(*given[:-1], tasks, activation="gelu", residual=given[-1], backend=on)
+        dy = cotangent(y) if not results else results[0][1]
+        results.append((y, dy, torch.autograd.grad(y, inputs, f(dy))))
+    for a, b in zip((results[0][0], *results[0][2]), (results[1][0], *results[1][2]), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu"])

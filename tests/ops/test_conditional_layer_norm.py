@@ -8,6 +8,11 @@ import torch.nn.functional as F
 
 from camtl import ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SEED = torch.tensor([3, 2**40 + 1])
+PARTS = ("gamma", "beta", "bias_shift", "x_bias", "residual")
+
 
 def naive(
     x,
@@ -120,6 +125,203 @@ def test_gradients(h):
     assert torch.autograd.gradcheck(
         lambda *a: call(*a, cu_seqlens=starts), (h.leaf(5, D), h.leaf(5, D), *parameters)
     )
+
+
+def inputs_of(h, size, T=4, parts=PARTS):
+    """x, weight, bias and those of the optional inputs, with large means in x."""
+    D = size[-1]
+    shapes = {"gamma": (T, D), "beta": (T, D), "bias_shift": (T, D), "x_bias": (D,), "residual": size}
+    x = (h.leaf(*size).detach() + 3).requires_grad_()
+    return [x, h.leaf(D), h.leaf(D), *(h.leaf(*shapes[part]) for part in parts)]
+
+
+def caller(tasks, parts=PARTS, *, p=0.1, eps=1e-6, starts=None):
+    """The op as a function of a backend and of :func:`inputs_of`."""
+
+    def call(on, x, weight, bias, *rest):
+        return ops.conditional_layer_norm(
+            x, weight, bias, **dict(zip(parts, rest, strict=True)), task_ids=tasks, dropout_p=p,
+            dropout_seed=SEED if p else None, eps=eps, cu_seqlens=starts, backend=on,
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [1, 33, 384, 768, 1000, 1024])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_rule(h, backend, dtype, D, p):
+    """Task 3 has no sequence; the rows of task 2 make several partial sums."""
+    tasks = torch.tensor([0, 2, 1, 2])
+    h.assert_rule(
+        caller(tasks, p=p), inputs_of(h, (4, 37, D)), dtype, backend=backend,
+        names=("x", "weight", "bias", *PARTS),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (),
+        ("residual",),
+        ("x_bias",),
+        ("bias_shift",),
+        ("gamma", "beta"),
+        ("gamma", "beta", "x_bias"),
+        ("bias_shift", "residual"),
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_rule_with_some_of_the_inputs(h, backend, dtype, parts, p):
+    tasks = torch.tensor([0, 2, 1, 2])
+    inputs = inputs_of(h, (4, 37, 50), parts=parts)
+    h.assert_rule(caller(tasks, parts, p=p), inputs, dtype, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [(1, 2), (1, 2, 3, 4, 5, 6), (7,), (1, 2, 3, 4, 5, 6, 7)])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_rule_float32_beside_sixteen_bit_x(h, backend, dtype, wide, p):
+    tasks = torch.tensor([0, 2, 1, 2])
+    h.assert_rule(caller(tasks, p=p), inputs_of(h, (4, 21, 48)), dtype, backend=backend, wide=wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rule_two_dimensional(h, backend, dtype):
+    tasks = torch.randint(0, 4, (150,), dtype=torch.int32)
+    h.assert_rule(caller(tasks), inputs_of(h, (150, 33)), dtype, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [PARTS, ("residual",)], ids=["", "without tables"])
+@pytest.mark.parametrize(
+    ("lengths", "tail"),
+    [((129, 0, 1, 64, 0), 5), ((0, 0, 300), 0), ((0, 0), 7), ((), 3), ((), 0), ((65, 63), 0)],
+)
+def test_rule_packed(h, backend, dtype, parts, lengths, tail):
+    tasks, starts = torch.randint(0, 4, (len(lengths),)), h.cu(*lengths)
+    inputs = inputs_of(h, (sum(lengths) + tail, 33), parts=parts)
+    h.assert_rule(caller(tasks, parts, starts=starts), inputs, dtype, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_every_instruction_set_keeps_the_rule(h, backend, dtype, p):
+    tasks = torch.tensor([0, 2, 1])
+    for D in (47, 200):
+        inputs = inputs_of(h, (3, 50, D))
+        for _isa in h.every_isa():
+            h.assert_rule(caller(tasks, p=p), inputs, dtype, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_run_threads_or_old_memory(h, backend, dtype):
+    tasks, starts = torch.tensor([0, 2, 1, 2]), h.cu(70, 0, 130, 90)
+    inputs = [x.detach().to(dtype) for x in inputs_of(h, (300, 100))]
+
+    def call():
+        out, grads = h.outputs_and_gradients(lambda *a: caller(tasks, starts=starts)(backend, *a), inputs)
+        return (*out, *grads)
+
+    for isa in h.every_isa():
+        clean = h.bitwise(call)
+        with h.poisoned():
+            found = call()
+        for a, b in zip(clean, found, strict=True):
+            assert torch.equal(h.bits(a), h.bits(b)), isa
+
+
+@pytest.mark.parametrize("size", [(0, 5, 7), (3, 0, 7), (0, 7)])
+def test_empty(h, backend, size):
+    inputs = inputs_of(h, size)
+    y = caller(torch.ones(size[0], dtype=torch.int64))(backend, *inputs)
+    assert y.shape == size
+    grads = torch.autograd.grad(y.sum(), inputs)
+    assert [g.shape for g in grads] == [x.shape for x in inputs]
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize(
+    "cotangent",
+    [
+        lambda y: torch.randn(()).double().expand(y.shape),  # all strides 0, as .sum() makes it
+        lambda y: torch.randn(y.shape[-1]).double().expand(y.shape),
+        lambda y: torch.randn(y.shape[:-1]).double()[..., None].expand(y.shape),
+        lambda y: torch.randn(y.shape[::-1]).double().permute(2, 1, 0),
+        lambda y: torch.randn(*y.shape[:-1], 2 * y.shape[-1]).double()[..., ::2],
+    ],
+)
+def test_inputs_and_gradients_of_any_strides(h, backend, cotangent):
+    tasks, inputs = torch.tensor([1, 0, 1]), inputs_of(h, (3, 4, 10))
+    odd = [x.detach().clone() for x in inputs]
+    odd[0] = torch.stack([odd[0]] * 2, 1)[:, 0]  # rows of a wider tensor
+    odd[-1] = odd[-1].transpose(0, 2).contiguous().transpose(0, 2)
+    odd = [x.requires_grad_() for x in odd]
+    y = caller(tasks)(backend, *odd)
+    dy = cotangent(y)
+    got = torch.autograd.grad(y, odd, dy)
+    expected = torch.autograd.grad(caller(tasks)("reference", *inputs), inputs, dy.contiguous())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_every_gradient_alone(h, backend, p):
+    tasks, inputs = torch.tensor([1, 0, 1]), inputs_of(h, (3, 4, 10))
+    _, every = h.gradients(lambda *a: caller(tasks, p=p)(backend, *a), inputs)
+    for n, expected in enumerate(every):
+        fixed = [x.detach() for x in inputs]
+
+        def alone(x, n=n, fixed=fixed):
+            return caller(tasks, p=p)(backend, *fixed[:n], x, *fixed[n + 1 :])
+
+        _, (got,) = h.gradients(alone, [inputs[n]])
+        torch.testing.assert_close(got, expected, msg=str(n))
+
+
+def test_gradients_of_x_and_residual_may_be_changed_on_their_own(h, backend):
+    """Without dropout they are the same numbers: never the same memory of two leaves."""
+    x, residual = h.leaf(2, 3, 8, dtype=torch.float32), h.leaf(2, 3, 8, dtype=torch.float32)
+    weight, bias = torch.randn(8), torch.randn(8)
+    y = ops.conditional_layer_norm(x, weight, bias, residual=residual, backend=backend)
+    y.backward(torch.randn_like(y))
+    assert torch.equal(x.grad, residual.grad)
+    before = residual.grad.clone()
+    x.grad.zero_()
+    assert torch.equal(residual.grad, before)
+
+
+def test_rows_of_one_value(h, backend):
+    """No variance: xhat is 0, and with a cotangent that is the same everywhere so are the gradients."""
+    x = torch.full((3, 70), 1e4, requires_grad=True)
+    weight = torch.full((70,), 1 / 3)
+    y = ops.conditional_layer_norm(x, weight, torch.arange(70.0), backend=backend)
+    assert torch.equal(y, torch.arange(70.0).expand(3, 70))
+    (grad,) = torch.autograd.grad(y, x, torch.full_like(y, 0.7))
+    assert torch.isfinite(grad).all()
+
+
+def test_what_is_dropped_may_be_infinite(h, backend):
+    x = torch.randn(4, 64)
+    keep = h.keeps(3, 2**40 + 1, 0.5, x.numel()).view(x.shape)
+    weight, bias = torch.ones(64), torch.zeros(64)
+    options = {"dropout_p": 0.5, "dropout_seed": SEED, "backend": backend}
+    expected = ops.conditional_layer_norm(x.masked_fill(~keep, 0.0), weight, bias, **options)
+    y = ops.conditional_layer_norm(x.masked_fill(~keep, torch.inf), weight, bias, **options)
+    assert torch.equal(y, expected)
+
+
+def test_large_numbers_stay_in_their_row(h, backend):
+    x, weight, bias = torch.randn(2, 3, 40), torch.randn(40), torch.randn(40)
+    clean = ops.conditional_layer_norm(x, weight, bias, backend=backend)
+    x[0, 1, 5], x[1, 2, 39] = torch.inf, torch.nan
+    y = ops.conditional_layer_norm(x, weight, bias, backend=backend)
+    for b, s in [(0, 0), (0, 2), (1, 0), (1, 1)]:
+        assert torch.equal(y[b, s], clean[b, s])
+    assert y[0, 1].isnan().all()
+    assert y[1, 2].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

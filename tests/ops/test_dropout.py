@@ -95,6 +95,60 @@ def test_the_backward_drops_what_the_forward_dropped(h):
     assert torch.equal(grad != 0, h.keeps(1, 2, 0.5, x.numel()).view(x.shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("seed", "offset"),
+    [
+        (0, 0),
+        (-1, 5),
+        (2**63 - 1, -(2**63)),
+        (9, 2**32 - 20),
+        (9, 2**32),
+        (7, -1),
+        (3, 2**63 - 2),
+        (-5, -300),
+    ],
+)
+def test_every_instruction_set_drops_the_same_elements(h, dtype, seed, offset):
+    """Odd starts (rows of an odd length) and any count: gradients of x are 0 where it was dropped."""
+    given = torch.tensor([seed, offset])
+    for D in (*range(1, 14), 31, 33, 63, 64, 65, 127, 150, 200):
+        x = torch.randn(3, D, dtype=dtype, requires_grad=True)
+        weight, bias, residual = (torch.randn(*s, dtype=dtype) for s in ((D,), (D,), (3, D)))
+        dy = torch.randn(3, D, dtype=dtype)
+        for p in (0.25, 0.7):
+            keep = dropout_mask(given, (3, D), p)
+            options = {"residual": residual, "dropout_p": p, "dropout_seed": given, "eps": 0.1}
+            expected = ops.conditional_layer_norm(x, weight, bias, **options, backend="reference")
+            for isa in h.every_isa():
+                y = ops.conditional_layer_norm(x, weight, bias, **options, backend="cpu")
+                torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+                (grad,) = torch.autograd.grad(y, x, dy)
+                assert not grad[~keep].any(), isa
+                assert D < 3 or grad[keep].all(), isa
+
+
+def test_every_instruction_set_has_the_24_bits_of_the_threshold(h):
+    """Where p sits between two neighbouring values of u the element is dropped, at them it is kept."""
+    x, weight, bias = torch.randn(1, 40), torch.ones(40), torch.zeros(40)
+    for e in (0, 5, 38):
+        u = (h.philox_word(11, 4, e) >> 8) / 2**24
+        for p, kept in ((u, True), (u + 2**-26, False), (u - 2**-26, True)):
+            for _isa in h.every_isa():
+                leaf = x.clone().requires_grad_()
+                y = ops.conditional_layer_norm(
+                    leaf,
+                    weight,
+                    bias,
+                    residual=x,
+                    dropout_p=p,
+                    dropout_seed=torch.tensor([11, 4]),
+                    backend="cpu",
+                )
+                (grad,) = torch.autograd.grad(y, leaf, torch.randn(1, 40))
+                assert bool(grad[0, e] != 0) == kept
+
+
 def test_no_seed_means_a_new_mask_each_call():
     x, weight, bias = torch.randn(8, 64), torch.ones(64), torch.zeros(64)
     calls = [ops.conditional_layer_norm(x, weight, bias, dropout_p=0.5) for _ in range(2)]

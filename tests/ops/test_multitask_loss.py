@@ -10,6 +10,10 @@ import torch
 from camtl import ops
 from camtl.ops.reference import _ints_from_scalars
 
+pytestmark = pytest.mark.usefixtures("backend")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
 
 def naive(features, weight, bias, sizes, tasks, labels, kinds):
     T, B = len(sizes), len(tasks)
@@ -92,6 +96,162 @@ def test_uniform_and_certain_predictions():
     )
     torch.testing.assert_close(entropy, torch.tensor([math.log(4) / (math.log(4) + 1e-5), 0.0]))
     torch.testing.assert_close(loss, torch.tensor([math.log(4), 0.0]))
+
+
+def random_labels(sizes, kinds, tasks):
+    """Labels of every kind, NaN in all columns that a task does not read."""
+    columns = max(sizes) if "bce" in kinds else 1
+    labels = torch.full((len(tasks), columns), math.nan, dtype=torch.float64)
+    for b, t in enumerate(tasks.tolist()):
+        if kinds[t] == "ce":
+            labels[b, 0] = int(torch.randint(0, sizes[t], ()))
+        elif kinds[t] == "mse":
+            labels[b, 0] = torch.randn(()).double()
+        else:
+            labels[b, : sizes[t]] = torch.rand(sizes[t]).double()
+    return labels if "bce" in kinds else labels[:, 0]
+
+
+MIXES = {
+    "one task": ([3], ["ce"]),
+    "ce and mse": ([2, 3, 1, 5, 2, 1], ["ce", "ce", "mse", "ce", "ce", "mse"]),
+    "all kinds": ([6, 1, 28, 2, 1], ["ce", "mse", "bce", "ce", "bce"]),
+    "as many as GLUE twice": ([2, 3, 1, 2] * 6, ["ce", "ce", "mse", "ce"] * 6),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("mix", "D"),
+    [*(("all kinds", D) for D in (1, 33, 384, 768, 1000, 1024)), *((mix, 384) for mix in MIXES)],
+)
+@pytest.mark.parametrize("wide", [(), (1, 2)], ids=["", "float32 heads"])
+def test_rule(h, backend, dtype, D, mix, wide):
+    """Of several tasks the last has no sample; one has enough to add up in more than one run."""
+    sizes, kinds = MIXES[mix]
+    tasks = torch.randint(0, max(len(sizes) - 1, 1), (150,))
+    tasks[:70] = 0
+    labels = random_labels(sizes, kinds, tasks)
+    inputs = [h.leaf(150, D), D**-0.5 * h.leaf(sum(sizes), D), h.leaf(sum(sizes))]
+    call = lambda on, *a: ops.multitask_loss(*a, sizes, tasks, labels, loss_types=kinds, backend=on)  # noqa: E731
+    h.assert_rule(call, inputs, dtype, backend=backend, wide=wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_keeps_the_rule(h, backend, dtype):
+    sizes, kinds = MIXES["all kinds"]
+    tasks = torch.randint(0, 5, (40,), dtype=torch.int32)
+    labels = random_labels(sizes, kinds, tasks)
+    inputs = [h.leaf(40, 77), 0.1 * h.leaf(sum(sizes), 77), h.leaf(sum(sizes))]
+    call = lambda on, *a: ops.multitask_loss(*a, sizes, tasks, labels, loss_types=kinds, backend=on)  # noqa: E731
+    for _isa in h.every_isa():
+        h.assert_rule(call, inputs, dtype, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)  # PyTorch's own products promise no such thing
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_run_threads_or_old_memory(h, backend, dtype):
+    sizes, kinds = MIXES["all kinds"]
+    tasks = torch.randint(0, 4, (200,))
+    labels = random_labels(sizes, kinds, tasks)
+    inputs = [h.leaf(200, 100, dtype=dtype), h.leaf(sum(sizes), 100), h.leaf(sum(sizes))]
+
+    def call():
+        out, grads = h.outputs_and_gradients(
+            lambda x, *a: ops.multitask_loss(
+                x, *(p.to(dtype) for p in a), sizes, tasks, labels, loss_types=kinds
+            ),
+            inputs,
+        )
+        return (*out, *grads)
+
+    for isa in h.every_isa():
+        clean = h.bitwise(call)
+        with h.poisoned():
+            found = call()
+        for a, b in zip(clean, found, strict=True):
+            assert torch.equal(h.bits(a), h.bits(b)), isa
+
+
+def test_strided_inputs_and_cotangents(h):
+    sizes, tasks, labels = (
+        [3, 1, 2],
+        torch.tensor([9, 0, 9, 1, 9, 2, 9, 0])[1::2],
+        torch.tensor([2.0, 0.5, 1, 0]),
+    )
+    x, weight, bias = h.leaf(10, 4).t()[:, ::2], h.leaf(6, 10)[:, ::2], h.leaf(12)[::2]
+    found, expected = (
+        ops.multitask_loss(f(x), f(weight), f(bias), sizes, f(tasks), labels)
+        for f in (lambda v: v, torch.Tensor.contiguous)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    cotangents = [
+        torch.randn(()).double().expand(3),
+        torch.randn(3, 4).double().t(),
+        torch.randn(8).double()[::2],
+    ]
+    results = []
+    for outputs, given in ((found, cotangents), (expected, [c.contiguous() for c in cotangents])):
+        results.append(torch.autograd.grad(outputs, [x, weight, bias], given))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_read_the_own_classes_only(h):
+    """Whatever a loss makes of the -inf beyond the own classes does not reach the heads."""
+    sizes, tasks = [2, 4], torch.tensor([0, 1])
+    inputs = [h.leaf(2, 5), *heads(h, sizes, 5)]
+    _, logits, _ = ops.multitask_loss(*inputs, sizes, tasks)
+    clean = torch.randn(2, 4).double()
+    dirty = clean.clone()
+    dirty[0, 2:] = math.nan
+    got, expected = (torch.autograd.grad(logits, inputs, c, retain_graph=True) for c in (dirty, clean))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_labels_the_loss_has_no_gradient_and_the_others_have(h):
+    sizes, tasks = [2, 3], torch.tensor([0, 1, 1])
+    inputs = [h.leaf(3, 4), *heads(h, sizes, 4)]
+    loss, logits, entropy = ops.multitask_loss(*inputs, sizes, tasks)
+    if loss.requires_grad:
+        for grad in torch.autograd.grad(loss.sum(), inputs, retain_graph=True):
+            assert (grad == 0).all()
+    total = logits.masked_fill(logits.isinf(), 0.0).square().sum() + entropy.sum()
+    assert all((g != 0).any() for g in torch.autograd.grad(total, inputs))
+
+
+def test_labels_that_need_a_gradient_run_on_reference(h):
+    x, (weight, bias) = h.leaf(2, 3), heads(h, [1], 3)
+    targets = h.leaf(2)
+    call = (x, weight, bias, [1], torch.tensor([0, 0]), targets)
+    with pytest.raises(ValueError, match="cpu: gradients of labels run on reference only"):
+        ops.multitask_loss(*call, backend="cpu")
+    ops.set_backend(None)
+    (grad,) = torch.autograd.grad(ops.multitask_loss(*call)[0].sum(), targets)
+    torch.testing.assert_close(grad, targets - (x @ weight[0] + bias))
+
+
+def test_logits_so_large_that_probabilities_are_zero_or_one(h, backend):
+    sizes, kinds = [3, 2, 1], ["ce", "bce", "bce"]
+    bias = torch.tensor([1e4, -1e4, 0, 300, -300, -1e5])
+    weight, tasks = torch.zeros(6, 2), torch.tensor([0, 0, 1, 2])
+    labels = torch.tensor([[0.0, 9, 9], [1, 9, 9], [0, 0, 9], [1, 9, 9]])
+    call = lambda on, *a: ops.multitask_loss(*a, sizes, tasks, labels, loss_types=kinds, backend=on)  # noqa: E731
+    h.assert_rule(call, [torch.randn(4, 2), weight, bias], torch.float32, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)  # reference has no kernel to look at values
+@pytest.mark.parametrize("wrong", [3.0, -1.0, 0.5, math.nan, math.inf, 1e300])
+def test_class_numbers_are_checked_by_the_kernel_under_compile(backend, wrong):
+    torch._dynamo.reset()
+    sizes, tasks = [2, 3], torch.tensor([0, 1])
+    call = (torch.randn(2, 4), torch.randn(5, 4), torch.randn(5), sizes, tasks)
+    graph = torch.compile(ops.multitask_loss, backend="aot_eager", fullgraph=True)
+    graph(*call, torch.tensor([1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"labels must be a class number in \[0, 3\) for ce; got .* at 1"):
+        graph(*call, torch.tensor([1.0, wrong]))
 
 
 def finite_outputs(outputs):
@@ -188,10 +348,12 @@ def test_host_ints_ride_in_scalars(values):
         (None, math.inf, "finite for mse; got inf"),
     ],
 )
-def test_label_values(column, value, message):
-    features, weight, bias = torch.randn(2, 3), torch.randn(3, 3), torch.zeros(3)
+@pytest.mark.parametrize("B", [2, 200])
+def test_label_values(column, value, message, B):
+    features, weight, bias = torch.randn(B, 3), torch.randn(3, 3), torch.zeros(3)
     labels = torch.tensor([[0.0, 1.0], [-7.0, math.nan]])  # beyond a task's own columns anything goes
-    call = (features, weight, bias, [2, 1], torch.tensor([0, 1]))
+    labels = labels.repeat(B // 2, 1)
+    call = (features, weight, bias, [2, 1], torch.tensor([0, 1]).repeat(B // 2))
     ops.multitask_loss(*call, labels, loss_types=["bce", "mse"])
     if column is None:
         labels[1, 0] = value
@@ -199,6 +361,19 @@ def test_label_values(column, value, message):
         labels[0, column] = value
     with pytest.raises(ValueError, match=message):
         ops.multitask_loss(*call, labels, loss_types=["bce", "mse"])
+
+
+@pytest.mark.parametrize("B", [1, 200])
+@pytest.mark.parametrize("value", [-1, 2, 0.5, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("loss_types", [None, ["ce", "bce"]])
+def test_class_numbers(value, B, loss_types):
+    labels = torch.ones(B, 2) if loss_types else torch.ones(B)
+    labels[B - 1] = value
+    tasks = torch.zeros(B, dtype=torch.int32)
+    call = (torch.randn(B, 3), torch.randn(4, 3), torch.zeros(4), [2, 2], tasks, labels)
+    message = rf"labels must be a class number in \[0, 2\); got {value:g} at {B - 1} \(task 0\)"
+    with pytest.raises(ValueError, match=message):
+        ops.multitask_loss(*call, loss_types=loss_types)
 
 
 def test_loss_types_must_be_a_sequence():

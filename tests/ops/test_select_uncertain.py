@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from camtl import ops
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def naive(entropy, tasks, k, T, score="paper", borrow=None, reserve=None):
@@ -92,6 +96,133 @@ def test_sixteen_bit_entropies_are_scored_in_float32(dtype, ids):
     expected = ops.select_uncertain(entropy.float(), tasks, 4, 3, score="reference", borrow=[-1, 0, -1])
     assert got[1].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OPTIONS = {
+    "paper": {},
+    "borrow": {"borrow": [1, -1, 0, 3, -1]},
+    "mean": {"score": "reference"},
+    "all": {"score": "reference", "borrow": [1, 4, 0, -1, 1], "reserve": [0, 2, 1, 0, 5]},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("M", [1, 7, 200])
+def test_rule(h, backend, dtype, option, M):
+    """Scores and the gradient of entropy; task 4 may have no candidate."""
+    tasks = torch.randint(0, 4, (M,), dtype=torch.int32)
+    call = lambda on, e: ops.select_uncertain(e, tasks, 9, 5, backend=on, **OPTIONS[option])[1]  # noqa: E731
+    h.assert_rule(call, [torch.rand(M)], dtype, backend=backend)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_gradients(h, option):
+    tasks = torch.tensor([0, 1, 0, 2, 3, 1, 0, 4])
+    entropy = torch.rand(8, dtype=torch.float64, requires_grad=True)
+    call = lambda e: ops.select_uncertain(e, tasks, 8, 5, **OPTIONS[option])[1]  # noqa: E731
+    assert torch.autograd.gradcheck(call, (entropy,))
+
+
+def test_tasks_of_the_same_largest_mean_share_its_gradient(h):
+    tasks = torch.tensor([0, 0, 1, 1, 2, 3])
+    entropy = torch.tensor([0.25, 0.75, 0.5, 0.5, 0.5, 0.25]).double().requires_grad_()
+    weights = torch.randn(6).double()
+    got, expected = (
+        torch.autograd.grad(
+            ops.select_uncertain(entropy, tasks, 2, 4, score="reference", backend=on)[1], entropy, weights
+        )[0]
+        for on in (None, "reference")
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_zero_entropies_have_zero_gradient():
+    entropy = torch.zeros(3, requires_grad=True)
+    scores = ops.select_uncertain(entropy, torch.tensor([0, 1, 1]), 1, 2, score="reference")[1]
+    (grad,) = torch.autograd.grad(scores.sum(), entropy)
+    assert torch.equal(grad, torch.zeros(3))
+
+
+def test_the_choice_has_no_gradient():
+    entropy = torch.rand(4, requires_grad=True)
+    indices, scores = ops.select_uncertain(entropy, torch.tensor([0, 1, 0, 1]), 2, 2)
+    assert not indices.requires_grad
+    assert scores.requires_grad
+
+
+def test_strided_and_expanded(h):
+    tasks = torch.tensor([[0, 1, 0, 1], [9, 9, 9, 9]]).t()[:, 0]
+    entropy = torch.rand(8, dtype=torch.float64)[::2].requires_grad_()
+    indices, scores = ops.select_uncertain(entropy, tasks, 3, 2, borrow=[1, -1])
+    expected = ops.select_uncertain(entropy.contiguous(), tasks.contiguous(), 3, 2, borrow=[1, -1])
+    assert torch.equal(indices, expected[0])
+    assert torch.equal(scores, expected[1])
+    (grad,) = torch.autograd.grad(scores.sum(), entropy)  # the cotangent is one number, expanded
+    assert torch.equal(grad, torch.tensor([0.0, 2, 0, 2]).double())
+
+
+def test_not_a_number_comes_first_and_infinities_have_their_place():
+    entropy = torch.tensor([0.5, math.nan, -math.inf, 0.5, math.inf, math.nan, -0.0, 0.0])
+    tasks = torch.zeros(8, dtype=torch.int64)
+    indices, scores = ops.select_uncertain(entropy, tasks, 8, 1)
+    assert indices.tolist() == [1, 5, 4, 0, 3, 6, 7, 2]
+    assert torch.equal(scores, entropy) or scores.isnan().any()
+    indices, _ = ops.select_uncertain(entropy, tasks, 3, 1, reserve=[1])
+    assert indices.tolist() == [1, 5, 0]
+    indices, scores = ops.select_uncertain(entropy, tasks, 3, 1, score="reference")  # no mean: no score
+    assert indices.tolist() == [0, 1, 2]
+    assert (scores == 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_no_candidate(k):
+    entropy, tasks = torch.rand(0, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    for option in OPTIONS.values():
+        if sum(option.get("reserve", ())) <= k:
+            indices, scores = ops.select_uncertain(entropy, tasks, k, 5, **option)
+            assert indices.shape == scores.shape == (0,)
+            scores.sum().backward()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("k", [8, 999, 5000])
+def test_many_candidates_are_chosen_as_reference_chooses(option, k):
+    """Few distinct entropies: thousands of ties, within the chosen and at their border."""
+    tasks = torch.randint(0, 5, (5000,))
+    entropy = torch.randint(0, 40, (5000,)).double() / 64  # sums are exact in any order
+    got, expected = (
+        ops.select_uncertain(entropy, tasks, k, 5, backend=on, **OPTIONS[option])
+        for on in (None, "reference")
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bits_do_not_depend_on_run_threads_or_old_memory(h):
+    tasks, entropy = torch.randint(0, 5, (20000,)), torch.rand(20000, requires_grad=True)
+
+    def call():
+        indices, scores = ops.select_uncertain(entropy, tasks, 900, 5, **OPTIONS["all"])
+        return indices, scores, *torch.autograd.grad(scores, entropy, entropy.detach())
+
+    clean = h.bitwise(call)
+    with h.poisoned():
+        found = call()
+    for a, b in zip(clean, found, strict=True):
+        assert torch.equal(h.bits(a), h.bits(b))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_for_any_number_of_candidates_and_places(dynamic):
+    torch._dynamo.reset()
+    call = lambda e, t, k: ops.select_uncertain(e, t, k, 3, reserve=[1, 0, 0])  # noqa: E731
+    graph = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for M, k in ((12, 5), (17, 6), (40, 7), (4, 9)):
+        entropy, tasks = torch.rand(M), torch.randint(0, 3, (M,))
+        for a, b in zip(graph(entropy, tasks, k), call(entropy, tasks, k), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_compile():
