@@ -3,30 +3,43 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
+NATIVE := $(VENV)/.native
 JOBS   ?= 2
+
+# Nothing here builds CUDA kernels unless asked to (build-gpu is), also where there is a GPU.
+export CAMTL_BUILD_CUDA ?= 0
+CSRC   := $(sort $(shell find csrc tests/build/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
+
+# Headers that would tie the kernels to one release of a framework.
+FRAMEWORK := \#[[:space:]]*include[[:space:]]*[<"](torch|ATen|c10|caffe2)[/.]
 
 # Tests and the demo never reach for a model hub: an unreachable one costs 20 s a call.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format typecheck build clean
+.PHONY: help setup demo test test-slow test-gpu bench lint format typecheck build build-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(STAMP) ## make .venv with everything for development, and the demo's encoder
+setup: $(NATIVE) ## make .venv with everything for development, and the demo's encoder
+
+# The kernels are built in a step of their own, so that a change below csrc/ compiles only what changed.
+$(NATIVE): $(STAMP) setup.py CMakeLists.txt $(shell find csrc -type f)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(NATIVE)
 
 $(STAMP): pyproject.toml constraints.txt requirements-demo.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v else f"camtl needs Python 3.10 or newer, this is {v[0]}.{v[1]}: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	CAMTL_BUILD_NATIVE=0 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-demo.txt
 	@touch $(STAMP)
 
-demo: $(STAMP) ## train, evaluate and use one model on four small tasks (5 minutes on two CPU cores)
+demo: $(NATIVE) ## train, evaluate and use one model on four small tasks (5 minutes on two CPU cores)
 	$(BIN)/camtl train --config examples/demo.yaml
 	@echo
 	@echo "A few sentences through the trained model:"
@@ -35,27 +48,37 @@ demo: $(STAMP) ## train, evaluate and use one model on four small tasks (5 minut
 	$(BIN)/camtl predict runs/demo --task demo_entailment --text "Every gardener watered the roses." "Some gardener watered the flowers."
 	$(BIN)/camtl predict runs/demo --task demo_similarity --text "A boy is riding a horse." "A child rides an animal."
 
-test: $(STAMP) ## run the tests (about 3 minutes on two CPU cores)
+test: $(NATIVE) ## run the tests (about 3 minutes on two CPU cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
 
-test-slow: $(STAMP) ## run the tests that take longer
+test-slow: $(NATIVE) ## run the tests that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-gpu: ## run the GPU tests in an existing environment (PYTHON=python3); needs no datasets, no network
 	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/ops tests/models
 
-lint: $(STAMP) ## ruff: rules and format
+bench: $(NATIVE) ## time the ops against eager, compiled and SDPA (see benchmarks/)
+	$(BIN)/python -m pytest benchmarks/ops
+
+build-gpu: ## build the kernels for the GPU of an existing environment (PYTHON=python3), without network
+	CAMTL_BUILD_CUDA=$(if $(CAMTL_CUDA_ARCHS),1,auto) $(PYTHON) -m pip install --no-deps --no-build-isolation -e .
+	@$(PYTHON) -c 'import camtl._native as n; print("CUDA kernels for", n.cuda_architectures) if n.cuda_architectures else exit(f"no CUDA kernels: {n.cuda_reason}")'
+
+lint: $(STAMP) ## ruff and clang-format: rules and format; no framework header below csrc/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	@! grep -rnE '$(FRAMEWORK)' csrc || { echo "csrc/ knows no deep-learning framework: pass pointers, sizes and strides"; exit 1; }
 
-format: $(STAMP) ## ruff: mend what it can
+format: $(STAMP) ## ruff and clang-format: mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
 typecheck: $(STAMP) ## mypy on camtl/
 	$(BIN)/mypy
 
-build: $(STAMP) ## wheel and sdist into dist/
+build: $(STAMP) ## wheel and sdist into dist/, the wheel with the kernels for this machine's processor family
 	$(BIN)/python -m build
 
 clean: ## remove what was built or cached; .venv and runs/ stay
