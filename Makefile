@@ -23,6 +23,11 @@ export TOKENIZERS_PARALLELISM := false
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+# Somebody removed the compiled module: build it again.
+ifeq ($(wildcard camtl/_native*),)
+$(shell rm -f $(NATIVE))
+endif
+
 setup: $(NATIVE) ## make .venv with everything for development, and the demo's encoder
 
 # The kernels are built in a step of their own, so that a change below csrc/ compiles only what changed.

@@ -171,7 +171,12 @@ class NativeBuild(build_ext):
         """Configure, compile, and leave the module where setuptools looks for it."""
         import pybind11  # from the build requirements
 
-        if compiler() is None and os.name != "nt":
+        if os.name == "nt" and not os.environ.get("CXX"):
+            stop(
+                "the native kernels are not written for Visual C++; set CAMTL_BUILD_NATIVE=0 for a "
+                "pure-Python installation, or CXX to a clang"
+            )
+        if compiler() is None:
             stop(
                 "the native kernels need a C++ compiler, and there is none; install one (g++ or clang), or "
                 "set CAMTL_BUILD_NATIVE=0 for a pure-Python installation"

@@ -7,6 +7,7 @@ ops make them). What kernels index with, task ids and ``cu_seqlens``, they check
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -17,7 +18,10 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("camtl._native"), ""
     except ModuleNotFoundError:
-        return None, "not part of this installation: camtl was installed with CAMTL_BUILD_NATIVE=0"
+        return None, (
+            "not part of this installation: camtl was installed with CAMTL_BUILD_NATIVE=0, or not built for "
+            "this Python"
+        )
     except ImportError as error:  # built for another system
         return None, f"the compiled module does not load: {error}"
 
@@ -39,3 +43,19 @@ def cuda_unavailable() -> str:
     if not torch.cuda.is_available():
         return "no CUDA device"
     return ""
+
+
+@functools.cache
+def cuda_lacks(device: int) -> str:
+    """Why the CUDA kernels of this build cannot run on a GPU, or "".
+
+    Machine code runs on later GPUs of its generation (sm_80 on 8.6); that of the last architecture is there
+    as PTX too, which runs on all later ones.
+    """
+    assert extension is not None
+    built = [int(arch.rstrip("af")) for arch in extension.cuda_architectures.split()]
+    major, minor = torch.cuda.get_device_capability(device)
+    own = 10 * major + minor
+    if own >= built[-1] or any(arch // 10 == major and arch <= own for arch in built):
+        return ""
+    return f"built for sm_{', sm_'.join(map(str, built))}; this GPU is sm_{own}"

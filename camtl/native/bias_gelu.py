@@ -13,7 +13,7 @@ def forward(x: Tensor, bias: Tensor) -> tuple[Tensor]:
     """``(y,)``."""
     assert extension is not None
     flat, shift = t.rows(x), t.acc(bias, x)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     extension.cpu.bias_gelu_forward(
         t.code(x),
         x.shape[:-1].numel(),
@@ -35,7 +35,7 @@ def backward(
     (dy,) = grads
     assert dy is not None
     flat_dy, flat, shift = t.rows(dy), t.rows(x), t.acc(bias, x)
-    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
     dbias = torch.empty_like(shift) if needs[1] else None
     extension.cpu.bias_gelu_backward(
         t.code(x),

@@ -115,18 +115,17 @@ def backward(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    out: Tensor,
     lse: Tensor,
     needs: tuple[bool, ...],
     **rest: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, table, gamma and beta, None where not needed; ``out`` is not read."""
+    """Gradients of q, k, v, table, gamma and beta, None where not needed."""
     assert extension is not None
     (dout,) = grads
     assert dout is not None
     parts = _parts(q, k, v)
     shape = _shape(parts[0], **rest)
-    dout = _unit(dout)
+    dout, lse = _unit(dout), lse.contiguous()  # hooks on saved tensors may have changed its strides
     dq: Tensor | None
     dk: Tensor | None
     dv: Tensor | None

@@ -33,8 +33,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``(y, neck)``, the neck ``[rows, K]`` before its activation."""
     scaled = _scaled(x, gamma, beta, task_ids, cu_seqlens, product_dtype)
-    neck = torch.empty(scaled.shape[0], down_weight.shape[0], dtype=product_dtype)
-    flat = torch.empty(scaled.shape, dtype=product_dtype)
+    neck = scaled.new_empty(scaled.shape[0], down_weight.shape[0])
+    y = scaled.new_empty(x.shape)
+    flat = y.view(scaled.shape)
     owned, inner, out = scaled, neck, flat
     if cu_seqlens is not None:
         end = int(cu_seqlens[-1])
@@ -50,9 +51,9 @@ def forward(
         if product_dtype == acc == x.dtype:
             out.add_(added)
         else:
-            flat = _as(flat, acc)
-            flat[: out.shape[0]].add_(added)
-    return _as(flat, x.dtype).view(x.shape), neck
+            y = _as(y, acc)
+            y.view(scaled.shape)[: out.shape[0]].add_(added)
+    return _as(y, x.dtype), neck
 
 
 def backward(
@@ -83,7 +84,7 @@ def backward(
     found: tuple[Tensor | None, ...] = (None, None, None)
 
     if residual is not None and needs[7]:
-        dresidual = torch.empty(residual.shape, dtype=residual.dtype)
+        dresidual = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
         flat = dresidual.view(rows.shape)
         flat[:end].copy_(owned)
         flat[end:].zero_()
@@ -105,7 +106,7 @@ def backward(
         if need_down[1]:
             ddown_bias = _as(dneck.sum(0), down_bias.dtype)
         if any(need_film):
-            dscaled = torch.empty(rows.shape, dtype=product_dtype)
+            dscaled = torch.empty(rows.shape, dtype=product_dtype, device=x.device)
             torch.mm(dneck, _as(down_weight, product_dtype), out=dscaled[:end])
             dscaled[end:].zero_()
             dfilm = _as(dscaled, x.dtype).view(x.shape)
@@ -127,4 +128,4 @@ def _scaled(
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in their dtype, also under autocast."""
-    return torch.mm(a, b, out=torch.empty(a.shape[0], b.shape[1], dtype=a.dtype))
+    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))

@@ -36,8 +36,8 @@ def forward(
     tasks, T = _tasks(gamma, bias_shift, task_ids)
     starts = t.starts(cu_seqlens)
     parameters = [t.acc_or_none(p, x) for p in (weight, bias, gamma, beta, bias_shift, x_bias)]
-    y = torch.empty(x.shape, dtype=dtype)
-    mean = torch.empty(x.shape[:-1], dtype=t.acc_dtype(x))
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    mean = torch.empty(x.shape[:-1], dtype=t.acc_dtype(x), device=x.device)
     rstd = torch.empty_like(mean)
     extension.cpu.conditional_layer_norm_forward(
         t.code(wide),
@@ -95,11 +95,13 @@ def backward(
 
     needs_x, *needs_parameters, needs_residual = needs
     shared = dropout_p == 0.0
-    dx = torch.empty(x.shape, dtype=dtype) if needs_x or (needs_residual and shared) else None
-    dresidual = torch.empty(x.shape, dtype=dtype) if needs_residual and not shared else None
+    dx = (
+        torch.empty(x.shape, dtype=dtype, device=x.device) if needs_x or (needs_residual and shared) else None
+    )
+    dresidual = torch.empty(x.shape, dtype=dtype, device=x.device) if needs_residual and not shared else None
     summed = (weight, bias, gamma, beta, bias_shift, x_bias)
     sums = [
-        torch.empty(p.shape, dtype=t.acc_dtype(x)) if need and p is not None else None
+        torch.empty(p.shape, dtype=t.acc_dtype(x), device=x.device) if need and p is not None else None
         for p, need in zip(summed, needs_parameters, strict=True)
     ]
     extension.cpu.conditional_layer_norm_backward(

@@ -25,11 +25,11 @@ def forward(
     assert extension is not None
     flat, weight = t.rows(features), t.acc(head_weight, features)
     bias, tasks, targets = t.acc(head_bias, features), t.ids(task_ids), _targets(labels)
-    B, dtype = features.shape[0], weight.dtype
-    loss = torch.empty(len(head_sizes), dtype=dtype)
-    logits = torch.empty(B, max(head_sizes), dtype=features.dtype)
-    entropy = torch.empty(B, dtype=dtype)
-    z = torch.empty(logits.shape, dtype=dtype)
+    B, dtype, device = features.shape[0], weight.dtype, features.device
+    loss = torch.empty(len(head_sizes), dtype=dtype, device=device)
+    logits = torch.empty(B, max(head_sizes), dtype=features.dtype, device=device)
+    entropy = torch.empty(B, dtype=dtype, device=device)
+    z = torch.empty(logits.shape, dtype=dtype, device=device)
     extension.cpu.multitask_loss_forward(
         _heads(flat, weight, head_sizes, tasks, targets, loss_types),
         bias.data_ptr(),
@@ -61,10 +61,11 @@ def backward(
         t.ids(task_ids),
         _targets(labels),
     )
+    z = z.contiguous()  # hooks on saved tensors may have changed its strides
     dloss, dlogits, dentropy = (None if g is None else g.contiguous() for g in grads)
-    dx = torch.empty(features.shape, dtype=features.dtype) if needs[0] else None
-    dweight = torch.empty(weight.shape, dtype=weight.dtype) if needs[1] else None
-    dbias = torch.empty(head_bias.shape, dtype=weight.dtype) if needs[2] else None
+    dx = torch.empty(features.shape, dtype=features.dtype, device=features.device) if needs[0] else None
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if needs[1] else None
+    dbias = torch.empty(head_bias.shape, dtype=weight.dtype, device=weight.device) if needs[2] else None
     extension.cpu.multitask_loss_backward(
         _heads(flat, weight, head_sizes, tasks, targets, loss_types),
         z.data_ptr(),

@@ -24,8 +24,8 @@ def forward(
     assert extension is not None
     values, tasks = t.acc(entropy, entropy), t.ids(task_ids)
     M = entropy.shape[0]
-    indices = torch.empty(min(k, M), dtype=torch.int64)
-    scores = torch.empty(M, dtype=values.dtype)
+    indices = torch.empty(min(k, M), dtype=torch.int64, device=values.device)
+    scores = torch.empty_like(values)
     extension.cpu.select_uncertain_forward(
         values.dtype == torch.float64,
         M,
@@ -58,7 +58,7 @@ def backward(
     (dscores,) = grads
     assert dscores is not None
     values, tasks, down = t.acc(entropy, entropy), t.ids(task_ids), dscores.contiguous()
-    dentropy = torch.empty(values.shape, dtype=values.dtype)
+    dentropy = torch.empty_like(values)
     extension.cpu.select_uncertain_backward(
         values.dtype == torch.float64,
         entropy.shape[0],

@@ -53,6 +53,8 @@ class FusedOp:
         gradients: names of the inputs that get one.
         keep: names of the outputs that ``backward`` reads.
         constant: names of public outputs without a gradient (indices).
+        shape_only: names of inputs of which ``backward`` reads shape and dtype only: they are neither kept
+            nor guarded against changes in place.
         fake: from the inputs, by name, to empty outputs of the right shapes and dtypes.
         prepare: from the public call to one that has the inputs of the schema, where they differ.
     """
@@ -68,6 +70,7 @@ class FusedOp:
         public: int | None = None,
         keep: Sequence[str] = (),
         constant: Sequence[str] = (),
+        shape_only: Sequence[str] = (),
         prepare: Callable[[Call], Call] | None = None,
     ) -> None:
         self.name = name
@@ -83,6 +86,7 @@ class FusedOp:
         # Where things are, for eager calls: looking it up by name each time costs as much as a small kernel.
         self._positions = tuple(self.arguments.index(g) for g in self.gradients)
         self._tensors = tuple(i for i, part in enumerate(parts) if part.startswith(("Tensor ", "Tensor? ")))
+        self._shape_only = tuple(self.arguments.index(s) for s in shape_only)
         self._read = (*self.arguments, *self.keep)  # by backward, after the gradients
         self._kept = tuple(self.outputs.index(k) for k in self.keep)
         self._constant = tuple(self.outputs.index(c) for c in self.constant)
@@ -163,6 +167,10 @@ class FusedOp:
     def _save(self, ctx: Any, values: Sequence[Any], outputs: Sequence[Tensor]) -> None:
         """Tensors through autograd, which notices when they change in place; other values as they are."""
         rest = list(values)
+        for i in self._shape_only:
+            if rest[i] is not None:
+                rest[i] = rest[i].new_empty(1).expand(rest[i].shape)
+        values = list(rest)
         kept = [outputs[i] for i in self._kept]
         ctx.save_for_backward(*[values[i] for i in self._tensors], *kept)
         for i in self._tensors:
@@ -278,6 +286,11 @@ class _Launch(torch.autograd.Function):
         gradients: list[Any] = [None] * (2 + len(fused.arguments))
         if all(g is None for g in wanted):
             return tuple(gradients)
+        if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in wanted):
+            raise RuntimeError(
+                f"{fused.name}: the kernels take no batch of gradients (is_grads_batched, vectorize); "
+                'backend="reference", in the call or by camtl.set_backend, does'
+            )
         saved = fused._saved(ctx)
         found: Sequence[Tensor | None]
         if not torch.is_grad_enabled():
@@ -346,11 +359,20 @@ def register_cpu(fused: FusedOp, kernel: Kernel, supports: Callable[[Call], list
 
 def cuda_reasons(call: Call) -> list[str]:
     """Why the CUDA C++ kernels cannot run a call: they need CUDA tensors, and compute in float32."""
+    from camtl.native import cuda_lacks, cuda_unavailable
+
+    if cuda_unavailable():
+        return []  # the registry tells
     first = next(iter(call.values()))
     if first.device.type != "cuda":
         return [f"needs CUDA tensors; got {first.device}"]
     reasons = ["has no float64"] if first.dtype == torch.float64 else []
-    if not torch.compiler.is_compiling() and max(first.shape[:-1].numel(), first.shape[-1]) >= _COUNTED:
+    if torch.compiler.is_compiling():
+        return reasons
+    lacks = cuda_lacks(first.device.index or 0)
+    if lacks:
+        reasons.append(lacks)
+    if max(first.shape[:-1].numel(), first.shape[-1]) >= _COUNTED:
         reasons.append(f"counts fewer than 2^31 rows and features; got {list(first.shape)}")
     return reasons + transforms(call)
 

@@ -188,7 +188,7 @@ _fused = FusedOp(
     "Tensor? dropout_seed",
     outputs=("out", "lse"),
     public=1,
-    keep=("out", "lse"),
+    keep=("lse",),
     gradients=("q", "k", "v", "table", "gamma", "beta"),
     fake=_fake,
 )

@@ -126,6 +126,7 @@ _fused = FusedOp(
     outputs=("y", "neck"),
     public=1,
     keep=("neck",),
+    shape_only=("residual",),
     gradients=(
         "x",
         "gamma",

@@ -270,7 +270,7 @@ def _ints_from_scalars(values: Sequence[int], device: torch.device) -> Tensor:
 
 def _host_ints(values: Sequence[int], device: torch.device) -> Tensor:
     if device.type == "cpu":
-        return torch.tensor(values, dtype=torch.int64)
+        return torch.tensor(values, dtype=torch.int64, device=device)
     return _ints_from_scalars(values, device)
 
 

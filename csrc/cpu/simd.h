@@ -297,7 +297,8 @@ CAMTL_INLINE vec<float> vexp(vec<float> x) {
     bits += exponent << 23;
     std::memcpy(&p, &bits, sizeof p);
     p = x < kLowest ? splat(0.0f) : p;
-    return x > kHighest ? splat(INFINITY) : p;
+    p = x > kHighest ? splat(INFINITY) : p;
+    return x == x ? p : x;  // the bits of a NaN went into the exponent
 }
 // float64 is for checks and gradients of gradcheck, not for speed: the C library, lane by lane.
 CAMTL_INLINE vec<double> vexp(vec<double> x) {

@@ -168,7 +168,7 @@ def test_gpu_tests_are_found_without_the_data_packages() -> None:
         "import importlib.abc, sys\n"
         "class Missing(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('datasets', 'pydantic', 'seqeval'):\n"
+        "        if name.split('.')[0] in ('datasets', 'pydantic', 'seqeval', 'hypothesis'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Missing())\n"
         "import pytest\n"

@@ -184,3 +184,47 @@ def test_hooks_and_copies_see_ordinary_tensors(h, case):
     h.total(outputs).backward()
     assert torch.equal(seen[0], inputs[0].grad)
     assert all(torch.equal(copy.deepcopy(o.detach()), o) for o in h.many(outputs))
+
+
+@pytest.mark.cases(differentiable=True)
+def test_outputs_may_be_changed_in_place(h, case):
+    """As reference's: no output is a view, and none that backward does not read is guarded."""
+    inputs = h.inputs_of(case)
+    for number in range(len(h.many(case.call(case.on, *inputs)))):
+        output = h.many(case.call(case.on, *inputs))[number]
+        if output.requires_grad:
+            output.masked_fill_(output.isneginf(), 0.0).mul_(2.0)
+            got = torch.autograd.grad(output.sum(), inputs, materialize_grads=True)
+            again = h.many(case.call(case.on, *inputs))[number]
+            finite = again.masked_fill(again.isneginf(), 0.0)
+            expected = torch.autograd.grad(2 * finite.sum(), inputs, materialize_grads=True)
+            h.same(got, expected)
+
+
+@pytest.mark.cases(differentiable=True)
+def test_a_batch_of_gradients_is_refused(h, case):
+    inputs = h.inputs_of(case)
+    output = next(o for o in h.many(case.call(case.on, *inputs)) if o.requires_grad)
+    with pytest.raises(RuntimeError, match=r'no batch of gradients .*backend="reference"'):
+        torch.autograd.grad(
+            output, inputs, torch.ones(2, *output.shape).to(output.dtype), is_grads_batched=True
+        )
+
+
+@pytest.mark.cases(differentiable=True)
+def test_saved_tensors_may_come_back_with_other_strides(h, case):
+    """Hooks may put saved tensors away and bring them back as they like."""
+
+    def spread(x):
+        if x.numel() < 2:
+            return x
+        wide = x.new_empty(*x.shape, 2)
+        wide[..., 0] = x
+        return wide[..., 0]
+
+    inputs = h.inputs_of(case)
+    expected = torch.autograd.grad(h.total(case.call(case.on, *inputs)), inputs)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, spread):
+        total = h.total(case.call(case.on, *inputs))
+        got = torch.autograd.grad(total, inputs)
+    h.same(got, expected)

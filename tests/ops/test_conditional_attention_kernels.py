@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from camtl import ops
 
@@ -214,30 +212,6 @@ def test_many_heads_of_wide_blocks(h, backend):
     """The gradient of the bias in more groups of heads than one: beyond 8 MiB of it."""
     tasks = torch.tensor([0, 1, 0])
     h.assert_rule(attention(tasks), inputs(h, 3, 300, 9, 1, 300, 300), torch.float32, backend=backend)
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_rule_of_drawn_shapes(h, backend, data):
-    B, S, H, Dh, more = (data.draw(st.integers(1, n)) for n in (3, 40, 3, 20, 5))
-    w = data.draw(st.integers(1, S + more))
-    torch.manual_seed(data.draw(st.integers(0, 1000)))
-    options = {
-        "scale": data.draw(st.sampled_from([None, 0.5])),
-        "dropout_p": data.draw(st.sampled_from([0.0, 0.4])),
-        "dropout_seed": torch.tensor([3, 4]),
-    }
-    values, tasks = inputs(h, B, S, H, Dh, S + more, w), torch.randint(0, T, (B,))
-    if data.draw(st.booleans()):
-        lengths = tuple(data.draw(st.integers(0, S)) for _ in range(B))
-        values[:3] = [h.pack(x, lengths, more).detach().requires_grad_() for x in values[:3]]
-        options |= {"cu_seqlens": h.cu(*lengths), "max_seqlen": data.draw(st.sampled_from([None, S]))}
-    elif data.draw(st.booleans()):
-        options["attention_mask"] = torch.rand(B, S) > 0.5
-    # the floor: a gradient may be a sum of numbers near 1 that cancel
-    h.assert_rule(
-        attention(tasks, **options), values, torch.float64, backend=backend, names=NAMES, floor=1e-14
-    )
 
 
 @pytest.mark.parametrize("size", [(0, 5, 2, 4), (0, 2, 4)])

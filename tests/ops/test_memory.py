@@ -188,3 +188,42 @@ def test_labels_beyond_the_classes_under_compile(h, kernels):
         with contextlib.suppress(ValueError):
             loss, _, _ = compiled(wrong)
             assert loss.isfinite().all()
+
+
+@pytest.mark.cases(differentiable=True)
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_default_device_is_of_no_account(h, case, device):
+    """Outputs lie where the inputs do, whatever ``torch.set_default_device`` says."""
+    if device == "meta" and case.id.startswith("loss"):
+        pytest.skip("this sample makes its labels within the call, on the default device")
+    inputs = h.inputs_of(case)
+    expected = torch.autograd.grad(h.total(case.call(case.on, *inputs)), inputs)
+    with torch.device(device):
+        outputs = h.many(case.call(case.on, *inputs))
+        reference = h.many(case.call("reference", *inputs))
+    assert all(o.device == r.device == inputs[0].device for o, r in zip(outputs, reference, strict=True))
+    total = h.total(tuple(outputs))
+    with torch.device(device):
+        got = torch.autograd.grad(total, inputs)
+    h.same(got, expected)
+
+
+def test_a_residual_of_the_bottleneck_is_not_guarded(kernels, h):
+    """Only its shape counts for the gradients: whoever adds to it in place may."""
+    x, residual = h.leaf(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.float64)
+    parameters = [h.leaf(1, 4), h.leaf(1, 4), h.leaf(2, 4), h.leaf(2), h.leaf(4, 2), h.leaf(4)]
+    y = ops.conditional_bottleneck(x, *parameters, torch.tensor([0, 0]), residual=residual, backend=kernels)
+    residual.add_(1)
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FC00080, -1])
+def test_every_nan_stays_one(kernels, h, bits):
+    """A NaN among the keys reaches the output, whatever else its bits say."""
+    q, k, v = torch.randn(3, 1, 20, 2, 8)
+    k[0, 1, 0, 0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    for _isa in h.every_isa():
+        out = ops.conditional_attention(q, k, v, None, None, None, None, backend=kernels)
+        assert out[0, :, 0].isnan().all()
+        assert out[0, :, 1].isfinite().all()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from camtl import ops
+
+pytest.importorskip("hypothesis")  # not on every GPU machine
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 EXAMPLES = settings(
     max_examples=30,
