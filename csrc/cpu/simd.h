@@ -291,7 +291,8 @@ CAMTL_INLINE vec<float> vexp(vec<float> x) {
     p = p * r * r + r + 1.0f;
     // Times 2^n by adding n to the exponent. It stays in range: at the lowest n, -126, p >= 1, and at the highest,
     // 128, p <= 1.
-    veci<float> bits, exponent;
+    typedef uint32_t words __attribute__((vector_size(kRegisterBytes)));  // a NaN's would overflow as signed ones
+    words bits, exponent;
     std::memcpy(&bits, &p, sizeof bits);
     std::memcpy(&exponent, &shifted, sizeof exponent);
     bits += exponent << 23;

@@ -172,7 +172,7 @@ def test_gpu_tests_are_found_without_the_data_packages() -> None:
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Missing())\n"
         "import pytest\n"
-        "sys.exit(pytest.main(['-q', '--collect-only', *sys.argv[1:]]))\n"
+        "sys.exit(pytest.main(['-q', '--collect-only', '-p', 'no:hypothesispytest', *sys.argv[1:]]))\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, *command[1].split()],
