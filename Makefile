@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-demo.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-demo.txt
 	@touch $(STAMP)
 
-demo: $(NATIVE) ## train, evaluate and use one model on four small tasks (5 minutes on two CPU cores)
+demo: $(NATIVE) ## train, evaluate and use one model on four small tasks (4 minutes on two CPU cores)
 	$(BIN)/camtl train --config examples/demo.yaml
 	@echo
 	@echo "A few sentences through the trained model:"
@@ -53,7 +53,7 @@ demo: $(NATIVE) ## train, evaluate and use one model on four small tasks (5 minu
 	$(BIN)/camtl predict runs/demo --task demo_entailment --text "Every gardener watered the roses." "Some gardener watered the flowers."
 	$(BIN)/camtl predict runs/demo --task demo_similarity --text "A boy is riding a horse." "A child rides an animal."
 
-test: $(NATIVE) ## run the tests (about 3 minutes on two CPU cores)
+test: $(NATIVE) ## run the tests (about 6 minutes on two CPU cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
 
 test-slow: $(NATIVE) ## run the tests that take longer
