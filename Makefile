@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-demo.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-demo.txt
 	@touch $(STAMP)
 
-demo: $(NATIVE) ## train, evaluate and use one model on four small tasks (4 minutes on two CPU cores)
+demo: $(NATIVE) ## train, evaluate and use one model on four small tasks (3 minutes on two quiet CPU cores after set-up)
 	$(BIN)/camtl train --config examples/demo.yaml
 	@echo
 	@echo "A few sentences through the trained model:"

@@ -24,7 +24,7 @@ def acc_dtype(x: Tensor) -> torch.dtype:
 
 def acc(value: Tensor, x: Tensor) -> Tensor:
     """A table or parameter as kernels beside x read it: contiguous, in x's arithmetic dtype."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = acc_dtype(x)
     if value.dtype != dtype:
         value = value.to(dtype)
     return aligned(value if value.is_contiguous() else value.contiguous())
@@ -50,11 +50,6 @@ def rows(x: Tensor) -> Tensor:
 
 def _flat(x: Tensor) -> tuple[int, int]:
     return (x.shape[:-1].numel(), x.shape[-1])
-
-
-def rows_or_none(x: Tensor | None) -> Tensor | None:
-    """:func:`rows`, None stays None."""
-    return None if x is None else rows(x)
 
 
 def stride(flat: Tensor | None) -> int:

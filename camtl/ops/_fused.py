@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from camtl.native import cpu_unavailable, cuda_lacks, cuda_unavailable
 from camtl.ops._backends import Call, register
 
 # Ops live as long as the process: the library object must too.
@@ -351,16 +352,12 @@ def cpu_reasons(call: Call) -> list[str]:
 
 def register_cpu(fused: FusedOp, kernel: Kernel, supports: Callable[[Call], list[str]] = cpu_reasons) -> None:
     """Let the C++ kernels run an op."""
-    from camtl.native import cpu_unavailable
-
     fused.kernels["cpu"] = kernel
     register(fused.name, "cpu", fused.implementation("cpu"), supports=supports, unavailable=cpu_unavailable)
 
 
 def cuda_reasons(call: Call) -> list[str]:
     """Why the CUDA C++ kernels cannot run a call: they need CUDA tensors, and compute in float32."""
-    from camtl.native import cuda_lacks, cuda_unavailable
-
     if cuda_unavailable():
         return []  # the registry tells
     first = next(iter(call.values()))
@@ -384,8 +381,6 @@ def register_cuda(
     fused: FusedOp, kernel: Kernel, supports: Callable[[Call], list[str]] = cuda_reasons
 ) -> None:
     """Let the CUDA C++ kernels run an op."""
-    from camtl.native import cuda_unavailable
-
     fused.kernels["cuda"] = kernel
     register(
         fused.name, "cuda", fused.implementation("cuda"), supports=supports, unavailable=cuda_unavailable

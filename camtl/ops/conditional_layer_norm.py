@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from camtl.native import conditional_layer_norm as native
+from camtl.native._tensors import acc_dtype
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
 from camtl.ops._dropout import draw_seed
@@ -121,7 +122,7 @@ def conditional_layer_norm(
 
 
 def _fake(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    acc = acc_dtype(x)
     mean = torch.empty(x.shape[:-1], dtype=acc, device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), mean, torch.empty_like(mean)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from camtl.native import multitask_loss as native
+from camtl.native._tensors import acc_dtype
 from camtl.ops import _checks, reference
 from camtl.ops._backends import Call, dispatch, register
 from camtl.ops._fused import FusedOp, cpu_reasons, register_cpu
@@ -179,7 +180,7 @@ def _fake(
     labels: Tensor | None,
     loss_types: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = torch.float64 if features.dtype == torch.float64 else torch.float32
+    acc = acc_dtype(features)
     B, C_max = features.shape[0], max(head_sizes)
     return (
         features.new_empty((len(head_sizes),), dtype=acc),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from camtl.native import select_uncertain as native
+from camtl.native._tensors import acc_dtype
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
 from camtl.ops._fused import FusedOp, register_cpu
@@ -92,7 +93,7 @@ def _fake(
     borrow: Sequence[int] | None,
     reserve: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    acc = torch.float64 if entropy.dtype == torch.float64 else torch.float32
+    acc = acc_dtype(entropy)
     places = torch.sym_min(k, entropy.shape[0])
     return entropy.new_empty((places,), dtype=torch.int64), entropy.new_empty(entropy.shape, dtype=acc)
 

@@ -9,17 +9,17 @@ namespace camtl::cpu::CAMTL_ISA {
 // Features that one thread sums at a time.
 constexpr int64_t kReduceFeatures = 128;
 
-// out [tasks, D] = for each task the sum of partials[c * stride + d] over the chunks c of that task.
-template <class A>
-inline void sum_by_task(A* out, const A* partials, int64_t stride, const Plan& plan, int64_t tasks, int64_t D,
-                        int threads) {
+// out [groups, D] = for each group the sum of partials[c * stride + d] over the chunks whose task is in the group.
+template <class A, class F>
+inline void sum_chunks(A* out, int64_t groups, const A* partials, int64_t stride, const Plan& plan, int64_t D,
+                       int threads, F in_group) {
     const int64_t blocks = (D + kReduceFeatures - 1) / kReduceFeatures;
-    parallel_for(tasks * blocks, threads, [&](int64_t item, int) {
-        const int64_t task = item / blocks, begin = item % blocks * kReduceFeatures;
+    parallel_for(groups * blocks, threads, [&](int64_t item, int) {
+        const int64_t group = item / blocks, begin = item % blocks * kReduceFeatures;
         const int64_t n = D - begin < kReduceFeatures ? D - begin : kReduceFeatures;
         double sums[kReduceFeatures] = {};
         for (int64_t c = 0; c < plan.size(); ++c) {
-            if (plan[c].task == task) {
+            if (in_group(plan[c].task, group)) {
                 const A* partial = partials + c * stride + begin;
                 for (int64_t d = 0; d < n; ++d) {
                     sums[d] += static_cast<double>(partial[d]);
@@ -27,31 +27,23 @@ inline void sum_by_task(A* out, const A* partials, int64_t stride, const Plan& p
             }
         }
         for (int64_t d = 0; d < n; ++d) {
-            out[task * D + begin + d] = static_cast<A>(sums[d]);
+            out[group * D + begin + d] = static_cast<A>(sums[d]);
         }
     });
 }
 
-// out [D] = the sum of partials[c * stride + d] over all chunks that belong to a sequence.
+// out [tasks, D]: over the chunks of each task.
+template <class A>
+inline void sum_by_task(A* out, const A* partials, int64_t stride, const Plan& plan, int64_t tasks, int64_t D,
+                        int threads) {
+    sum_chunks(out, tasks, partials, stride, plan, D, threads,
+               [](int64_t task, int64_t group) { return task == group; });
+}
+
+// out [D]: over all chunks that belong to a sequence.
 template <class A>
 inline void sum_over_chunks(A* out, const A* partials, int64_t stride, const Plan& plan, int64_t D, int threads) {
-    const int64_t blocks = (D + kReduceFeatures - 1) / kReduceFeatures;
-    parallel_for(blocks, threads, [&](int64_t item, int) {
-        const int64_t begin = item * kReduceFeatures;
-        const int64_t n = D - begin < kReduceFeatures ? D - begin : kReduceFeatures;
-        double sums[kReduceFeatures] = {};
-        for (int64_t c = 0; c < plan.size(); ++c) {
-            if (plan[c].task >= 0) {
-                const A* partial = partials + c * stride + begin;
-                for (int64_t d = 0; d < n; ++d) {
-                    sums[d] += static_cast<double>(partial[d]);
-                }
-            }
-        }
-        for (int64_t d = 0; d < n; ++d) {
-            out[begin + d] = static_cast<A>(sums[d]);
-        }
-    });
+    sum_chunks(out, int64_t{1}, partials, stride, plan, D, threads, [](int64_t task, int64_t) { return task >= 0; });
 }
 
 }  // namespace camtl::cpu::CAMTL_ISA

@@ -85,12 +85,12 @@ def finite(loss, logits, entropy):
 
 
 def loss(on, *inputs, ids=IDS):
-    labels = torch.tensor([0.5, 1, 2])
+    labels = torch.tensor([0.5, 1, 2], device=inputs[0].device)
     return finite(*ops.multitask_loss(*inputs, [2, 1, 3], ids, labels, backend=on))
 
 
 def loss_bce(on, *inputs, ids=IDS):
-    labels = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 1]])
+    labels = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 1]], device=inputs[0].device)
     kinds = ["bce", "ce", "bce"]
     return finite(*ops.multitask_loss(*inputs, [2, 2, 3], ids, labels, loss_types=kinds, backend=on))
 
