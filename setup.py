@@ -23,7 +23,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -238,6 +238,9 @@ BUILD_NATIVE = setting("CAMTL_BUILD_NATIVE", ("0", "1"), "1") == "1"
 BUILD_CUDA = setting("CAMTL_BUILD_CUDA", ("0", "1", "auto"), "auto")
 
 setup(
+    # the Triton kernels are camtl.kernels, from a folder of their own
+    packages=[*find_packages(include=["camtl", "camtl.*"]), "camtl.kernels"],
+    package_dir={"camtl.kernels": "kernels"},
     ext_modules=[Extension("camtl._native", sources=[])] if BUILD_NATIVE else [],
     cmdclass={"build_ext": NativeBuild},
 )

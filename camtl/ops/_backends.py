@@ -26,6 +26,7 @@ import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _FASTEST_FIRST = ("cuda", "triton", "cpu", "reference")
+_BY_DEVICE = {"cpu": ("cpu", "reference", "triton")}  # on CPU tensors Triton only interprets its kernels
 ENVIRONMENT_VARIABLE = "CAMTL_BACKEND"
 
 Call = Mapping[str, Any]
@@ -177,7 +178,8 @@ def _reasons(op: str, backend: str, call: Call) -> list[str]:
 
 def _fastest(op: str, call: Call) -> Callable[..., Any]:
     implementations = _REGISTRY[op]
-    for backend in _FASTEST_FIRST:
+    first = next(iter(call.values()))
+    for backend in _BY_DEVICE.get(first.device.type, _FASTEST_FIRST):
         implementation = implementations.get(backend)
         # First what is quickly seen: most calls that a backend refuses are on another device.
         if (

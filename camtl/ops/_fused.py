@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from camtl.native import cpu_unavailable, cuda_lacks, cuda_unavailable
-from camtl.ops._backends import Call, register
+from camtl.ops._backends import Call
 
 # Ops live as long as the process: the library object must too.
 _LIBRARY = torch.library.Library("camtl", "DEF")
@@ -340,48 +339,3 @@ def transforms(call: Call) -> list[str]:
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(v).tangent is not None for v in tensors):
         return ["forward-mode derivatives run on reference only"]
     return []
-
-
-def cpu_reasons(call: Call) -> list[str]:
-    """Why the C++ kernels cannot run a call: they need CPU tensors."""
-    first = next(iter(call.values()))
-    if first.device.type != "cpu":
-        return [f"needs CPU tensors; got {first.device}"]
-    return transforms(call)
-
-
-def register_cpu(fused: FusedOp, kernel: Kernel, supports: Callable[[Call], list[str]] = cpu_reasons) -> None:
-    """Let the C++ kernels run an op."""
-    fused.kernels["cpu"] = kernel
-    register(fused.name, "cpu", fused.implementation("cpu"), supports=supports, unavailable=cpu_unavailable)
-
-
-def cuda_reasons(call: Call) -> list[str]:
-    """Why the CUDA C++ kernels cannot run a call: they need CUDA tensors, and compute in float32."""
-    if cuda_unavailable():
-        return []  # the registry tells
-    first = next(iter(call.values()))
-    if first.device.type != "cuda":
-        return [f"needs CUDA tensors; got {first.device}"]
-    reasons = ["has no float64"] if first.dtype == torch.float64 else []
-    if torch.compiler.is_compiling():
-        return reasons
-    lacks = cuda_lacks(first.device.index or 0)
-    if lacks:
-        reasons.append(lacks)
-    if max(first.shape[:-1].numel(), first.shape[-1]) >= _COUNTED:
-        reasons.append(f"counts fewer than 2^31 rows and features; got {list(first.shape)}")
-    return reasons + transforms(call)
-
-
-_COUNTED = 2**31 - 4096
-
-
-def register_cuda(
-    fused: FusedOp, kernel: Kernel, supports: Callable[[Call], list[str]] = cuda_reasons
-) -> None:
-    """Let the CUDA C++ kernels run an op."""
-    fused.kernels["cuda"] = kernel
-    register(
-        fused.name, "cuda", fused.implementation("cuda"), supports=supports, unavailable=cuda_unavailable
-    )

@@ -8,7 +8,8 @@ from torch import Tensor
 from camtl.native import bias_gelu as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
-from camtl.ops._fused import FusedOp, register_cpu
+from camtl.ops._fused import FusedOp
+from camtl.ops._kernels import register_cpu, register_triton
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -43,3 +44,4 @@ _fused = FusedOp(
 )
 register("bias_gelu", "reference", reference.bias_gelu)
 register_cpu(_fused, native)
+register_triton(_fused)

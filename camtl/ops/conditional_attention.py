@@ -10,7 +10,8 @@ from camtl.native import conditional_attention as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
 from camtl.ops._dropout import draw_seed
-from camtl.ops._fused import FusedOp, register_cpu
+from camtl.ops._fused import FusedOp
+from camtl.ops._kernels import register_cpu, register_triton
 
 _OP = "conditional_attention"
 
@@ -194,3 +195,4 @@ _fused = FusedOp(
 )
 register(_OP, "reference", reference.conditional_attention)
 register_cpu(_fused, native)
+register_triton(_fused)

@@ -8,7 +8,8 @@ from torch import Tensor
 from camtl.native import conditional_bottleneck as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import Call, dispatch, register
-from camtl.ops._fused import FusedOp, register_cpu
+from camtl.ops._fused import FusedOp
+from camtl.ops._kernels import register_cpu, register_triton
 
 _OP = "conditional_bottleneck"
 
@@ -142,3 +143,4 @@ _fused = FusedOp(
 )
 register(_OP, "reference", reference.conditional_bottleneck)
 register_cpu(_fused, native)
+register_triton(_fused)

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from camtl._tensors import acc_dtype
 from camtl.native import conditional_layer_norm as native
-from camtl.native._tensors import acc_dtype
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
 from camtl.ops._dropout import draw_seed
-from camtl.ops._fused import FusedOp, register_cpu
+from camtl.ops._fused import FusedOp
+from camtl.ops._kernels import register_cpu, register_triton
 
 _OP = "conditional_layer_norm"
 
@@ -140,3 +141,4 @@ _fused = FusedOp(
 )
 register(_OP, "reference", reference.conditional_layer_norm)
 register_cpu(_fused, native)
+register_triton(_fused)

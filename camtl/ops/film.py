@@ -8,7 +8,8 @@ from torch import Tensor
 from camtl.native import film as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
-from camtl.ops._fused import FusedOp, register_cpu, register_cuda
+from camtl.ops._fused import FusedOp
+from camtl.ops._kernels import register_cpu, register_cuda, register_triton
 
 
 def film(
@@ -67,4 +68,5 @@ _fused = FusedOp(
 )
 register("film", "reference", reference.film)
 register_cpu(_fused, native)
+register_triton(_fused)
 register_cuda(_fused, native.Cuda)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from camtl._tensors import acc_dtype
 from camtl.native import multitask_loss as native
-from camtl.native._tensors import acc_dtype
 from camtl.ops import _checks, reference
 from camtl.ops._backends import Call, dispatch, register
-from camtl.ops._fused import FusedOp, cpu_reasons, register_cpu
+from camtl.ops._fused import FusedOp
+from camtl.ops._kernels import cpu_reasons, register_cpu, register_triton
 
 _OP = "multitask_loss"
 _KINDS = ("ce", "mse", "bce")
@@ -210,3 +211,4 @@ _fused = FusedOp(
 )
 register(_OP, "reference", reference.multitask_loss)
 register_cpu(_fused, native, _cpu_reasons)
+register_triton(_fused)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from camtl._tensors import acc_dtype
 from camtl.native import select_uncertain as native
-from camtl.native._tensors import acc_dtype
 from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
-from camtl.ops._fused import FusedOp, register_cpu
+from camtl.ops._fused import FusedOp
+from camtl.ops._kernels import register_cpu, register_triton
 
 _OP = "select_uncertain"
 
@@ -109,3 +110,4 @@ _fused = FusedOp(
 )
 register(_OP, "reference", reference.select_uncertain)
 register_cpu(_fused, native)
+register_triton(_fused)

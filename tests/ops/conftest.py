@@ -22,7 +22,7 @@ from torch import Tensor
 
 from camtl import native, ops
 from camtl.native import _tensors
-from camtl.ops import _backends, _fused
+from camtl.ops import _backends, _fused, _kernels
 
 _spec = importlib.util.spec_from_file_location("op_samples", Path(__file__).with_name("samples.py"))
 assert _spec is not None
@@ -31,7 +31,17 @@ samples = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(samples)
 
 # Each with why it cannot run on this machine, or "".
-BACKENDS = {"reference": lambda: "", "cpu": native.cpu_unavailable}
+BACKENDS = {
+    "reference": lambda: "",
+    "cpu": native.cpu_unavailable,
+    "triton": _kernels.triton_unavailable,
+}
+MARKS = {"triton": pytest.mark.interpreter}
+
+
+def marked(names: Sequence[str]) -> list[Any]:
+    """Backends as parameters, those that need a process of their own marked so."""
+    return [pytest.param(name, marks=MARKS.get(name, ())) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +57,7 @@ def _fresh(monkeypatch):
         native.extension.cpu.set_isa(isa)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=marked(list(BACKENDS)))
 def backend(request) -> Iterator[str]:
     """A backend's name. All calls of ops within the test prefer it, and fail where it cannot run them."""
     reason = BACKENDS[request.param]()
@@ -59,7 +69,7 @@ def backend(request) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+@pytest.fixture(params=marked([name for name in BACKENDS if name != "reference"]))
 def kernels(request) -> str:
     """A backend with kernels of its own, for tests that order it by name."""
     reason = BACKENDS[request.param]()
@@ -76,7 +86,8 @@ def pytest_generate_tests(metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("cases")
     if marker is not None:
         found = list(samples.cases(**marker.kwargs))
-        metafunc.parametrize("case", found, indirect=True, ids=[c.id for c in found])
+        marked_cases = [pytest.param(c, marks=MARKS.get(c.on, ()), id=c.id) for c in found]
+        metafunc.parametrize("case", marked_cases, indirect=True)
 
 
 @pytest.fixture
@@ -189,6 +200,11 @@ def outputs_and_gradients(
     return tuple(o.detach() for o in out), grads
 
 
+def gradcheck(fn: Callable[..., Any], inputs: Sequence[Tensor], **options: Any) -> bool:
+    """torch's, in its fast mode where kernels are interpreted: two directions instead of every entry."""
+    return torch.autograd.gradcheck(fn, inputs, fast_mode=_kernels.INTERPRETED, **options)
+
+
 def largest_error(got: Tensor, true: Tensor) -> float:
     """max |got - true|; infinite where one is not a number, 0 where both are the same infinity."""
     if not got.numel():
@@ -286,7 +302,7 @@ def threads(count: int) -> Iterator[None]:
 
 def every_isa() -> Iterator[str]:
     """The instruction sets for which this CPU has C++ kernels, each in force within its turn of the loop."""
-    if native.extension is None:
+    if native.extension is None or _kernels.INTERPRETED:  # then other kernels are tested
         yield ""
         return
     cpu = native.extension.cpu
@@ -307,11 +323,11 @@ def bits(x: Tensor) -> Tensor:
 def bitwise(fn: Callable[[], Any]) -> tuple[Tensor, ...]:
     """``fn()`` gives the same bits in two runs, and with 1, 2 and 3 threads; its tensors."""
     found = []
-    for count in (1, 1, 2, 3):
+    for count in (1, 1) if _kernels.INTERPRETED else (1, 1, 2, 3):
         with threads(count):
             result = fn()
         found.append((result,) if isinstance(result, Tensor) else tuple(result))
-    for again, count in zip(found[1:], ("in another run", "with 2 threads", "with 3 threads"), strict=True):
+    for again, count in zip(found[1:], ("in another run", "with 2 threads", "with 3 threads"), strict=False):
         for n, (a, b) in enumerate(zip(found[0], again, strict=True)):
             assert torch.equal(bits(a), bits(b)), f"result {n} differs {count}"
     return found[0]
@@ -364,6 +380,7 @@ def h() -> SimpleNamespace:
         outputs_and_gradients=outputs_and_gradients,
         assert_sixteen_bit=assert_sixteen_bit,
         assert_rule=assert_rule,
+        gradcheck=gradcheck,
         largest_error=largest_error,
         poisoned=poisoned,
         threads=threads,

@@ -212,7 +212,7 @@ def test_any_strides(h, cotangent):
 def test_gradients(h, activation):
     tasks = torch.tensor([1, 0])
     call = lambda x, r, *p: ops.conditional_bottleneck(x, *p, tasks, activation=activation, residual=r)  # noqa: E731
-    assert torch.autograd.gradcheck(call, (h.leaf(2, 3, 4), h.leaf(2, 3, 4), *weights(h, 2, 4, 2)))
+    assert h.gradcheck(call, (h.leaf(2, 3, 4), h.leaf(2, 3, 4), *weights(h, 2, 4, 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op; imported when an op first runs on the backend "triton"."""
