@@ -17,8 +17,11 @@ FRAMEWORK := \#[[:space:]]*include[[:space:]]*[<"](torch|ATen|c10|caffe2)[/.]
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
+# Triton decides at import whether to compile kernels or to interpret them: two processes.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu bench lint format typecheck build build-gpu clean
+.PHONY: help setup demo test test-interpreter test-slow test-gpu bench bench-gpu lint format typecheck build build-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,11 +56,16 @@ demo: $(NATIVE) ## train, evaluate and use one model on four small tasks (3 minu
 	$(BIN)/camtl predict runs/demo --task demo_entailment --text "Every gardener watered the roses." "Some gardener watered the flowers."
 	$(BIN)/camtl predict runs/demo --task demo_similarity --text "A boy is riding a horse." "A child rides an animal."
 
-test: $(NATIVE) ## run the tests (about 6 minutes on two CPU cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
+test: $(NATIVE) ## run the tests (about @@ minutes on two CPU cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not interpreter"
+	$(INTERPRETED) -n $(JOBS) -m "interpreter and not slow"
+
+test-interpreter: $(NATIVE) ## run the Triton kernels' tests in Triton's interpreter (a part of make test)
+	$(INTERPRETED) -n $(JOBS) -m "interpreter and not slow"
 
 test-slow: $(NATIVE) ## run the tests that take longer
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not interpreter"
+	$(INTERPRETED) -m "interpreter and slow"
 
 test-gpu: ## run the GPU tests in an existing environment (PYTHON=python3); needs no datasets, no network
 	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/ops tests/models

@@ -40,7 +40,8 @@ def step_of(fn: Callable[..., Any], inputs: Sequence[Tensor], trained: int | Non
     outputs = many(fn(*inputs))[:trained]
     smooth = [n for n, o in enumerate(outputs) if o.requires_grad]
     torch.manual_seed(1)
-    every = [torch.randn(o.shape) for o in outputs]  # the same whichever of them want gradients
+    # the same whichever of them want gradients
+    every = [torch.randn(o.shape, device=o.device) for o in outputs]
     cotangents = [every[n].to(outputs[n].dtype) for n in smooth]
     wanted = [x for x in inputs if x.requires_grad]
     if not smooth:
@@ -221,17 +222,33 @@ def environment() -> dict[str, Any]:
 class Record:
     """One JSON file per run, written anew after every row: a run that is cut off leaves what it measured."""
 
-    def __init__(self, kind: str, shapes: str) -> None:
-        self.content: dict[str, Any] = {"kind": kind, "shapes": shapes, "environment": environment()}
-        self.content |= {"ceilings": ceilings(shapes == "smoke"), "rows": []}
-        named = os.environ.get("CAMTL_RESULTS")
-        folder = Path(named) if named else ROOT / "benchmarks" / "results" / machine()
+    def __init__(
+        self,
+        kind: str,
+        shapes: str,
+        *,
+        about: dict[str, Any] | None = None,
+        limits: dict[str, float] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """``about`` joins the environment; ``limits`` and ``folder`` replace those of this CPU."""
+        self.content: dict[str, Any] = {"kind": kind, "shapes": shapes}
+        self.content["environment"] = environment() | (about or {})
+        self.content["ceilings"] = ceilings(shapes == "smoke") if limits is None else limits
+        self.content["rows"] = []
+        if folder is None:
+            named = os.environ.get("CAMTL_RESULTS")
+            folder = Path(named) if named else ROOT / "benchmarks" / "results" / machine()
         stamp = self.content["environment"]["date"].replace(":", "").replace("-", "")
         self.path = folder / f"{kind}-{shapes}-{stamp}.json"
 
     def add(self, row: dict[str, Any]) -> None:
         """One more row."""
         self.content["rows"].append(row)
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, at once or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,11 @@
-"""Tensors as kernels read them: rows, contiguous tables, whole addresses. Shared by all kernel launchers."""
+"""Tensors as kernels read them: rows, contiguous tables, whole addresses; integers that travel with a launch.
+
+Shared by all kernel launchers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -61,3 +65,34 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
     """The block's launches go to x's GPU; nothing changes for tensors of the CPU."""
     index = x.get_device()
     return nullcontext() if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+def neck_width(K: int) -> int:
+    """Columns of the bottleneck's kept neck: K rounded up to a multiple of 8, so that rows of 16-bit values
+    begin at multiples of 16 bytes whatever K; those beyond K hold 0.
+    """
+    return -(-K // 8) * 8
+
+
+# Small host integers as arguments of a launch: a copy from the host would make the GPU wait, and cannot be
+# captured in a CUDA graph. None lies in two words, no word is negative.
+WORDS, _WORD_BITS = 8, 63
+
+
+def room(largest: int) -> int:
+    """How many integers in [0, largest] there is room for."""
+    return WORDS * (_WORD_BITS // _bits(largest))
+
+
+def pack(values: Sequence[int]) -> tuple[int, ...]:
+    """``WORDS`` words that hold the values, and how many bits each has: for ``kernels/_host_ints.py``."""
+    bits = _bits(max(values))
+    per_word = _WORD_BITS // bits
+    words = [0] * WORDS
+    for i, value in enumerate(values):
+        words[i // per_word] |= value << bits * (i % per_word)
+    return (*words, bits)
+
+
+def _bits(largest: int) -> int:
+    return max(1, int(largest).bit_length())

@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from camtl.kernels import _launch as on
-from camtl.kernels._common import kept, random_words
+from camtl.kernels._common import INTERPRETED, kept, random_words
 from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Call(NamedTuple):
@@ -42,6 +44,16 @@ class Call(NamedTuple):
     def packed(self) -> bool:
         """Whether ``starts`` tells where sequences begin."""
         return self.starts is not None
+
+    @property
+    def live(self) -> bool:
+        """Whether q and k have any influence. The bias is divided by the scale, which must not be 0 then."""
+        return abs(self.scale) > 1e-30
+
+    @property
+    def factor(self) -> float:
+        """From ``q k^T + M / scale`` to scores in base 2; kernels read q as 0 where it is not ``live``."""
+        return (self.scale if self.live else 1.0) * LOG2E.value
 
 
 def call_of(
@@ -82,7 +94,7 @@ def call_of(
         None if gamma is None else on.dense(gamma),
         None if beta is None else on.dense(beta),
         None if table is None or task_ids is None else on.dense(task_ids),
-        None if attention_mask is None else on.dense((attention_mask != 0).view(torch.uint8)),
+        _bytes(attention_mask),
         None if cu_seqlens is None else on.dense(cu_seqlens),
         batch,
         first.shape[:-2].numel(),
@@ -102,6 +114,12 @@ def _unit(x: Tensor) -> Tensor:
     return on.whole(x.contiguous() if x.shape[-1] > 1 and x.stride(-1) != 1 else x)
 
 
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    return on.dense((mask if mask.dtype == torch.bool else mask != 0).view(torch.uint8))
+
+
 @triton.jit
 def span(cu_ptr, b, longest, PACKED: tl.constexpr):
     """(first row, number of rows) of sequence b."""
@@ -115,13 +133,51 @@ def span(cu_ptr, b, longest, PACKED: tl.constexpr):
 def base_of(b, h, start, stride_b, stride_s, stride_h, PACKED: tl.constexpr):
     """64-bit offset of position 0 of sequence b and head h; add ``position * stride_s + feature``."""
     if PACKED:
-        return start.to(tl.int64) * stride_s + h * stride_h
+        return start.to(tl.int64) * stride_s + h.to(tl.int64) * stride_h
     return b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
 
 
 @triton.jit
-def bias_tile(
-    scores,  # [BLOCK_M, BLOCK_N], in ACC
+def dot(a, b, c):
+    """``a @ b + c`` in c's dtype, of operands of one dtype; float32 as three products of TF32."""
+    if INTERPRETED and a.dtype == tl.bfloat16:  # the interpreter would multiply its bits
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), c)
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, c, input_precision="tf32x3")
+    if a.dtype == tl.float64:
+        return tl.dot(a, b, c, input_precision="ieee", out_dtype=tl.float64)
+    return tl.dot(a, b, c)
+
+
+@triton.jit
+def blocks_of(first, w, COUNT: tl.constexpr):
+    """Of positions ``first + [0, COUNT)``, the first of each one's block of w.
+
+    A quotient in float32 takes a tenth of an integer division's time, and is exact: numerators are half an
+    odd number, below ``w + COUNT``, so that no quotient comes near a whole number.
+    """
+    before = (first // w) * w
+    steps = (first - before) + tl.arange(0, COUNT)
+    return before + ((steps.to(tl.float32) + 0.5) * (1.0 / w.to(tl.float32))).to(tl.int32) * w
+
+
+@triton.jit
+def diagonal(i0, j0, n, w, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of a tile: its rows, counted from j0, its columns' places in their blocks, which entries are there.
+
+    Rows count from j0 so that in a walk along the columns nothing of them stays the same: the compiler would
+    keep it all in registers.
+    """
+    i = (i0 - j0) + tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    low = blocks_of(j0, w, BLOCK_N) - j0
+    high = tl.where(j < n - j0, tl.minimum(low + w, n - j0), low)  # entries are there where low <= i < high
+    there = (i[:, None] >= low[None, :]) & (i[:, None] < high[None, :])
+    return i, j - low, there
+
+
+@triton.jit
+def bias_of(
     table_ptr,
     gamma_ptr,
     beta_ptr,
@@ -131,37 +187,40 @@ def bias_tile(
     n,  # positions of the sequence
     w,
     table_rows,
+    factor,
     FILM: tl.constexpr,  # table [L, w] with gamma and beta, else [T, L, w] alone
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """scores + ``M_t`` on a tile. Tiles outside the blocks read nothing, tiles inside one read the table in
-    rows, others gather.
+    """``M_t * factor`` on a tile [BLOCK_M, BLOCK_N]. Tiles outside the blocks read nothing.
+
+    Best taken as what a product of q and k adds to (with ``1 / scale`` as the factor): the table is read in
+    another layout than the product has, and where both meet later, the compiler computes softmax in both.
     """
-    i_last, j_last = i0 + BLOCK_M - 1, j0 + BLOCK_N - 1
-    outside = (i_last // w < j0 // w) | (j_last // w < i0 // w)
-    if not outside:
-        i = i0 + tl.arange(0, BLOCK_M)
-        j = j0 + tl.arange(0, BLOCK_N)
-        there = (i < n)[:, None] & (j < n)[None, :]
+    bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    if ((i0 + BLOCK_M - 1) // w >= j0 // w) & ((j0 + BLOCK_N - 1) // w >= i0 // w):
+        i, c, there = diagonal(i0, j0, n, w, BLOCK_M, BLOCK_N)
+        top = tl.cast(j0, tl.int64) * w
         if not FILM:
-            table_ptr += t * table_rows * w
-        block = i0 // w
-        inside = (block == i_last // w) & (block == j0 // w) & (block == j_last // w)
-        if inside:
-            c = (j0 - block * w) + tl.arange(0, BLOCK_N)
-        else:
-            c = j - (j // w) * w
-            there = there & ((i // w)[:, None] == (j // w)[None, :])
-        M = tl.load(table_ptr + i[:, None] * w + c[None, :], mask=there, other=0.0).to(ACC)
+            top += t * table_rows * w
+        M = tl.load(table_ptr + top + ((i * w)[:, None] + c[None, :]), mask=there, other=0.0).to(ACC)
         if FILM:
-            known = j < n
-            scale = 1.0 + tl.load(gamma_ptr + t * w + c, mask=known, other=0.0).to(ACC)
-            shift = tl.load(beta_ptr + t * w + c, mask=known, other=0.0).to(ACC)
-            M = tl.where(there, M * scale[None, :] + shift[None, :], 0.0)
-        scores += M
-    return scores
+            known = j0 + tl.arange(0, BLOCK_N) < n
+            c += t * w
+            scale = factor + factor * tl.load(gamma_ptr + c, mask=known, other=0.0).to(ACC)
+            shift = factor * tl.load(beta_ptr + c, mask=known, other=0.0).to(ACC)
+            bias = tl.where(there, M * scale[None, :] + shift[None, :], 0.0)
+        else:
+            bias = M * factor
+    return bias
+
+
+@triton.jit
+def _kept_bits(seed_ptr, threshold, call):
+    w0, w1, w2, w3 = random_words(seed_ptr, call)
+    low = kept(w0, threshold).to(tl.int32) | (kept(w1, threshold).to(tl.int32) << 1)
+    return low | (kept(w2, threshold).to(tl.int32) << 2) | (kept(w3, threshold).to(tl.int32) << 3)
 
 
 @triton.jit
@@ -182,13 +241,11 @@ def kept_tile(
     i = (i0 + tl.arange(0, BLOCK_M)).to(tl.int64)
     j = j0 + 4 * tl.arange(0, BLOCK_N // 4)
     element = ((first + i) * S)[:, None] + j[None, :]
-    w0, w1, w2, w3 = random_words(seed_ptr, element >> 2)
+    # a call's four answers in one register, at once: its words would take four
+    bits = _kept_bits(seed_ptr, threshold, element >> 2)
     if S % 4 != 0:
-        n0, n1, n2, _ = random_words(seed_ptr, (element >> 2) + 1)
-        r = element & 3
-        a0 = tl.where(r < 2, tl.where(r == 0, w0, w1), tl.where(r == 2, w2, w3))
-        a1 = tl.where(r < 2, tl.where(r == 0, w1, w2), tl.where(r == 2, w3, n0))
-        a2 = tl.where(r < 2, tl.where(r == 0, w2, w3), tl.where(r == 2, n0, n1))
-        a3 = tl.where(r < 2, tl.where(r == 0, w3, n0), tl.where(r == 2, n1, n2))
-        w0, w1, w2, w3 = a0, a1, a2, a3
-    return kept(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)), threshold)
+        bits = (bits | (_kept_bits(seed_ptr, threshold, (element >> 2) + 1) << 4)) >> (element & 3).to(
+            tl.int32
+        )
+    b0, b1, b2, b3 = bits & 1, bits & 2, bits & 4, bits & 8
+    return tl.interleave(tl.interleave(b0 != 0, b2 != 0), tl.interleave(b1 != 0, b3 != 0))

@@ -25,7 +25,7 @@ def cast(x, dtype: tl.constexpr):
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         finite = (bits & 0x7F800000) != 0x7F800000
         bits = tl.where(finite, rounded, tl.where((bits & 0x7FFFFF) != 0, bits | 0x400000, bits))
-        return bits.to(tl.float32, bitcast=True).to(dtype)
+        return (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
     return x.to(dtype)
 
 
@@ -98,7 +98,7 @@ def gelu_slope(a):
 @triton.jit(do_not_specialize=["slots", "tasks"])
 def sum_by_task(
     partial_ptr,  # [slots, PARTS, D]
-    task_ptr,  # [slots]: the task a slot belongs to
+    task_ptr,  # [slots]: the task a slot belongs to; None where there is one
     out_ptr,  # [PARTS, tasks, D]
     slots,
     tasks,
@@ -117,7 +117,9 @@ def sum_by_task(
     total = tl.zeros([BLOCK_S, BLOCK_D], dtype=partial_ptr.dtype.element_ty)
     for first in range(0, slots, BLOCK_S):
         slot = first + lane
-        own = tl.load(task_ptr + slot, mask=slot < slots, other=-1) == t
+        own = slot < slots
+        if task_ptr is not None:
+            own = tl.load(task_ptr + slot, mask=own, other=-1) == t
         offsets = (slot.to(tl.int64) * PARTS + k)[:, None] * D + cols[None, :]
         total += tl.load(partial_ptr + offsets, mask=own[:, None] & (cols < D)[None, :], other=0.0)
     target = out_ptr + (k.to(tl.int64) * tasks + t) * D + cols

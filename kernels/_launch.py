@@ -7,7 +7,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from camtl.kernels._common import INTERPRETED as _INTERPRETED
 from camtl.kernels._common import sum_by_task
@@ -25,6 +24,16 @@ _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. (Triton's own take microseconds, which a launch does not have.)"""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one >= n, n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def acc(x: Tensor) -> tl.dtype:
@@ -88,7 +97,7 @@ def multiprocessors(x: Tensor) -> int:
 def shares(rows: int, block: int, programs: int) -> tuple[int, int]:
     """How a persistent grid shares rows: rows per program, a multiple of ``block``, and programs."""
     each = block * max(1, math.ceil(rows / (block * programs)))
-    return each, triton.cdiv(rows, each)
+    return each, cdiv(rows, each)
 
 
 def threshold(dropout_p: float) -> int:
@@ -100,8 +109,8 @@ def by_task(partial: Tensor, slot_tasks: Tensor | None, tasks: int) -> Tensor:
     """``[slots, parts, D]`` summed over the slots of each task: ``[parts, tasks, D]``."""
     slots, parts, D = partial.shape
     out = torch.empty(parts, tasks, D, dtype=partial.dtype, device=partial.device)
-    block_d = min(1024 if INTERPRETED else 32, triton.next_power_of_2(D))
-    grid = (tasks, triton.cdiv(D, block_d), parts)
+    block_d = min(1024 if INTERPRETED else 32, power_of_two(D))
+    grid = (tasks, cdiv(D, block_d), parts)
     sum_by_task[grid](
         partial, slot_tasks, out, slots, tasks, D=D, PARTS=parts, BLOCK_S=64, BLOCK_D=block_d, num_warps=4
     )

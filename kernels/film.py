@@ -41,7 +41,7 @@ def heuristic(key: Key) -> FilmConfig:
     """Tiles of 16 KB, so that a multiprocessor holds several; interpreted: few programs."""
     if not key.arch:
         return FilmConfig(block_rows=16, block_features=1024, backward_rows=16, programs=1)
-    features = min(256, triton.next_power_of_2(key.D))
+    features = min(256, on.power_of_two(key.D))
     rows = max(4, 4096 // features) if key.dtype == "float32" else max(4, 8192 // features)
     return FilmConfig(block_rows=min(rows, 64), block_features=features, backward_rows=min(rows // 2, 32))
 
@@ -188,8 +188,8 @@ def forward(
     if not rows.sequences:
         return (y.zero_(),)
     config = _config(x)
-    block = min(config.block_features, triton.next_power_of_2(D))
-    grid = (triton.cdiv(rows.count, config.block_rows), triton.cdiv(D, block))
+    block = min(config.block_features, on.power_of_two(D))
+    grid = (on.cdiv(rows.count, config.block_rows), on.cdiv(D, block))
     with on.on_device(x):
         _forward[grid](
             flat, on.dense(gamma), on.dense(beta), on.dense(task_ids), rows.starts, y,
@@ -220,8 +220,8 @@ def backward(
     flat_dy, flat = on.flat(dy), on.flat(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
     config = _config(x)
-    block = min(config.block_features, triton.next_power_of_2(D))
-    across = triton.cdiv(D, block)
+    block = min(config.block_features, on.power_of_two(D))
+    across = on.cdiv(D, block)
     programs = max(1, config.programs * on.multiprocessors(x) // across)
     each, programs = on.shares(rows.count, config.backward_rows, programs)
     slots = programs + rows.sequences - 1

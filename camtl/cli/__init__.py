@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": ("camtl.cli.predict", "label new texts with a trained model"),
     "tasks": ("camtl.cli.tasks", "list the built-in tasks, show one, check a task's data files"),
     "convert": ("camtl.cli.convert", "read and write checkpoints of the code released with the paper"),
+    "tune": ("camtl.cli.tune", "search the fastest block sizes of the Triton kernels on this GPU"),
     "info": ("camtl.cli.info", "versions, devices and which backend can run which op"),
 }
 

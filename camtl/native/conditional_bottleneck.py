@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
+from camtl._tensors import neck_width
 from camtl.native import _tensors as t
 from camtl.native import film
 
@@ -31,17 +32,19 @@ def forward(
     cu_seqlens: Tensor | None,
     product_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """``(y, neck)``, the neck ``[rows, K]`` before its activation."""
+    """``(y, neck)``, the neck ``[rows, neck_width(K)]`` before its activation."""
     scaled = _scaled(x, gamma, beta, task_ids, cu_seqlens, product_dtype)
-    neck = scaled.new_empty(scaled.shape[0], down_weight.shape[0])
+    K = down_weight.shape[0]
+    neck = scaled.new_empty(scaled.shape[0], neck_width(K))
+    neck[:, K:].zero_()
     y = scaled.new_empty(x.shape)
     flat = y.view(scaled.shape)
-    owned, inner, out = scaled, neck, flat
+    owned, inner, out = scaled, neck[:, :K], flat
     if cu_seqlens is not None:
         end = int(cu_seqlens[-1])
         neck[end:].zero_()
         flat[end:].zero_()
-        owned, inner, out = scaled[:end], neck[:end], flat[:end]
+        owned, inner, out = scaled[:end], neck[:end, :K], flat[:end]
     torch.addmm(_as(down_bias, product_dtype), owned, _as(down_weight, product_dtype).t(), out=inner)
     if activation == "gelu":
         inner = gelu(inner)
@@ -89,7 +92,7 @@ def backward(
         flat[:end].copy_(owned)
         flat[end:].zero_()
 
-    kept = neck if cu_seqlens is None else neck[:end]
+    kept = neck[:end, : down_weight.shape[0]]
     down = _as(owned, product_dtype)
     if need_up[0]:
         inner = gelu(kept) if activation == "gelu" else kept

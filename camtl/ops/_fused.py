@@ -201,8 +201,9 @@ class FusedOp:
         for gradient in found:
             if gradient is None:
                 outputs.append(like.new_empty(0))
-            else:  # an op's outputs may not be one another
-                outputs.append(gradient.clone() if any(gradient is o for o in outputs) else gradient)
+            else:  # an op's outputs may not share memory
+                shared = any(_memory(gradient) == _memory(o) for o in outputs if o.numel())
+                outputs.append(gradient.clone() if shared else gradient)
         return _bare(tuple(outputs))
 
     def _backward_fake(self, *values: Any) -> Any:
@@ -218,6 +219,10 @@ class FusedOp:
 
     def _refuse(self, ctx: Any, *grads: Any) -> None:
         raise RuntimeError(_no_second_derivative(self.name))
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _bare(outputs: tuple[Tensor, ...]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from camtl._tensors import neck_width
 from camtl.native import conditional_bottleneck as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import Call, dispatch, register
@@ -115,7 +116,7 @@ def _fake(
     product_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     rows = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
-    neck = x.new_empty((rows, down_weight.shape[0]), dtype=product_dtype)
+    neck = x.new_empty((rows, neck_width(down_weight.shape[0])), dtype=product_dtype)
     return x.new_empty(x.shape), neck
 
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from camtl._tensors import acc_dtype
+from camtl._tensors import acc_dtype, room
 from camtl.native import multitask_loss as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import Call, dispatch, register
 from camtl.ops._fused import FusedOp
-from camtl.ops._kernels import cpu_reasons, register_cpu, register_triton
+from camtl.ops._kernels import cpu_reasons, register_cpu, register_triton, triton_reasons
 
 _OP = "multitask_loss"
 _KINDS = ("ce", "mse", "bce")
@@ -191,11 +191,22 @@ def _fake(
     )
 
 
-def _cpu_reasons(call: Call) -> list[str]:
+def _label_reasons(call: Call) -> list[str]:
     labels = call["labels"]
     if labels is not None and labels.requires_grad and torch.is_grad_enabled():
         return ["gradients of labels run on reference only"]
-    return cpu_reasons(call)
+    return []
+
+
+def _cpu_reasons(call: Call) -> list[str]:
+    return _label_reasons(call) or cpu_reasons(call)
+
+
+def _triton_reasons(call: Call) -> list[str]:
+    tasks, largest = len(call["head_sizes"]), max(call["head_sizes"])
+    most = room(4 * largest + 3)  # see camtl.kernels.multitask_loss
+    full = [] if tasks <= most else [f"holds up to {most} tasks with heads of {largest} classes; got {tasks}"]
+    return _label_reasons(call) or full + triton_reasons(call)
 
 
 _fused = FusedOp(
@@ -211,4 +222,4 @@ _fused = FusedOp(
 )
 register(_OP, "reference", reference.multitask_loss)
 register_cpu(_fused, native, _cpu_reasons)
-register_triton(_fused)
+register_triton(_fused, _triton_reasons)

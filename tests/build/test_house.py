@@ -18,7 +18,9 @@ LEVELS = {
     "errors": 0,
     "_version": 0,
     "_io": 0,
+    "_tensors": 0,
     "native": 1,
+    "kernels": 1,
     "ops": 2,
     "nn": 3,
     "tasks": 4,
@@ -29,6 +31,7 @@ LEVELS = {
     "serving": 7,
     "reports": 7,
     "export": 7,
+    "tuning": 7,
     "info": 8,
     "cli": 8,
     "__main__": 9,
@@ -41,12 +44,14 @@ HEAVY = {
     "models": {"datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in LEVELS)
+KERNEL_SOURCES = sorted((ROOT / "kernels").rglob("*.py"))  # installed as camtl.kernels
 NATIVE_SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
 
 def is_module(name: str) -> bool:
     """Whether a dotted name is a file or a package of the checkout."""
-    path = ROOT.joinpath(*name.split("."))
+    parts = name.split(".")
+    path = ROOT.joinpath(*(parts[1:] if parts[:2] == ["camtl", "kernels"] else parts))
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
@@ -78,6 +83,12 @@ def test_imports_point_downward(path: Path) -> None:
             )
 
 
+@pytest.mark.parametrize("path", KERNEL_SOURCES, ids=lambda path: path.name)
+def test_triton_kernels_know_only_one_another(path: Path) -> None:
+    for name, line in imported_modules(path):
+        assert name.startswith(("camtl.kernels", "camtl._tensors")), f"{path.name}:{line}: imports {name}"
+
+
 def test_every_part_has_a_level() -> None:
     parts = {
         entry.stem for entry in PACKAGE.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").exists()
@@ -85,11 +96,26 @@ def test_every_part_has_a_level() -> None:
     assert parts - {"__init__"} <= set(LEVELS)
 
 
+def test_transformers_may_import_the_folder_kernels() -> None:
+    """From a checkout it takes ours for the package of that name, if it looks: nothing may break."""
+    code = (
+        "import torch, transformers\n"
+        "config = transformers.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, "
+        "num_attention_heads=2, intermediate_size=8)\n"
+        "print(transformers.BertModel(config)(torch.tensor([[1, 2]])).last_hidden_state.shape)\n"
+        "import kernels\n"
+        "print(sorted(name for name in vars(kernels) if not name.startswith('__')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[:2] == ["torch.Size([1, 2, 8])", "[]"]
+
+
 def test_only_ops_and_info_know_the_kernels() -> None:
     for path in SOURCES:
         own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        if own not in {"native", "ops", "info"}:
-            assert not any(name.startswith("camtl.native") for name, _ in imported_modules(path)), path
+        if own not in {"native", "ops", "info", "tuning"}:
+            below = ("camtl.native", "camtl.kernels")
+            assert not any(name.startswith(below) for name, _ in imported_modules(path)), path
 
 
 def test_no_import_circles() -> None:
@@ -148,7 +174,9 @@ def test_ops_are_functions_also_after_their_module_was_imported() -> None:
     assert callable(camtl.ops.film)
 
 
-@pytest.mark.parametrize("path", SOURCES + NATIVE_SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", SOURCES + KERNEL_SOURCES + NATIVE_SOURCES, ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_files_can_be_read_in_one_go(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
 

@@ -113,6 +113,7 @@ def check_package(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     assert "camtl/py.typed" in names
     assert any(name.startswith("camtl/ops/") for name in names)
+    assert {"camtl/kernels/__init__.py", "camtl/kernels/film.py"} <= names
     assert all(name.startswith(("camtl/", "camtl-")) for name in names)
     packaged = {
         path.relative_to(ROOT).as_posix()

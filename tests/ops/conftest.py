@@ -160,7 +160,8 @@ def gradients(fn, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The output of ``fn(*inputs)`` and its gradients for one fixed cotangent."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = fn(*inputs)
-    cotangent = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape)
+    angles = torch.arange(out.numel(), dtype=torch.float64, device=out.device)
+    cotangent = torch.cos(angles).view(out.shape)
     cotangent = cotangent.bfloat16().to(out.dtype)  # the same numbers in every dtype
     return out.detach(), list(torch.autograd.grad(out, inputs, cotangent))
 
@@ -193,7 +194,7 @@ def outputs_and_gradients(
         if not o.requires_grad:
             continue
         smooth.append(o)
-        angles = torch.arange(o.numel(), dtype=torch.float64) + number
+        angles = torch.arange(o.numel(), dtype=torch.float64, device=o.device) + number
         cotangent = torch.cos(angles).view(o.shape).bfloat16().to(o.dtype)  # the same in every dtype
         cotangents.append(cotangent.masked_fill(~o.detach().isfinite(), 0.0))  # -inf beyond a task's classes
     grads = torch.autograd.grad(smooth, inputs, cotangents, materialize_grads=True) if smooth else ()

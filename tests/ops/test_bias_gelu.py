@@ -9,6 +9,8 @@ from camtl import ops
 
 pytestmark = pytest.mark.usefixtures("backend")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TRITON = pytest.param("triton", marks=pytest.mark.interpreter)
+KERNELS = ["cpu", TRITON]
 
 
 @pytest.mark.parametrize("size", [(1,), (3, 5), (2, 3, 7), (2, 1, 3, 4)])
@@ -37,6 +39,19 @@ def test_rule(h, backend, dtype, D, wide):
     h.assert_rule(lambda on, *a: ops.bias_gelu(*a, backend=on), inputs, dtype, backend=backend, wide=wide)
 
 
+@pytest.mark.parametrize("backend", [TRITON], indirect=True)
+@pytest.mark.parametrize("blocks", [(64, 4, 4, 2, 4, 3), (128, 1, 4, 1, 4, 1), (16, 64, 8, 64, 8, 20)])
+@pytest.mark.parametrize("size", [(45, 150), (1, 128), (7, 1300)])
+def test_blocks_of_features_and_rows(h, backend, monkeypatch, blocks, size):
+    """Tilings that the heuristic does not meet by itself."""
+    from camtl.kernels import bias_gelu as kernels
+
+    config = kernels.BiasGeluConfig(*blocks)
+    monkeypatch.setattr(kernels, "_config", lambda x: config)
+    inputs = [2 * h.leaf(*size).detach(), h.leaf(size[-1])]
+    h.assert_rule(lambda on, *a: ops.bias_gelu(*a, backend=on), inputs, torch.float32, backend=backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set_keeps_the_rule(h, backend, dtype):
     for size in ((70, 47), (2, 3, 4, 50), (1,), (40,)):
@@ -55,7 +70,7 @@ def test_relative_error_left_of_zero(h):
         assert ((y.double() - truth) / truth).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_numbers(h, dtype):
     """The limits, and derivative 0 and 1; NaN stays NaN."""
@@ -69,7 +84,7 @@ def test_large_numbers(h, dtype):
         assert ops.bias_gelu(x * torch.nan, bias).isnan().all()
 
 
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_run_threads_or_old_memory(h, dtype):
     inputs = [h.leaf(300, 100, dtype=dtype), h.leaf(100, dtype=dtype)]

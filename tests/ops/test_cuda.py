@@ -1,4 +1,7 @@
-"""The CUDA C++ kernels on a GPU. ``tests/build/test_cuda_kernels.py`` tests their arithmetic without one."""
+"""The CUDA C++ kernels on a GPU: layouts, strides. ``test_gpu.py`` has what they share with other backends.
+
+``tests/build/test_cuda_kernels.py`` tests their arithmetic without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import pytest
 import torch
 
 from camtl import native, ops
-from camtl.native import film as film_kernels
 
 REASON = native.cuda_unavailable()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON or "-")]
@@ -80,41 +82,6 @@ def test_int32_task_ids_strides_and_an_expanded_gradient():
         assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_a_step_in_a_graph(layout):
-    x, gamma, beta, tasks, starts, dy = film_inputs(layout, torch.bfloat16)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run("cuda", x, gamma, beta, tasks, starts, dy)  # the kernels are loaded outside the graph
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run("cuda", x, gamma, beta, tasks, starts, dy)
-    with torch.no_grad():
-        x.mul_(0.5)
-        tasks.copy_(tasks.flip(0))
-    graph.replay()
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(captured, run("cuda", x, gamma, beta, tasks, starts, dy), strict=True)
-    )
-
-
-def test_it_never_waits_for_the_device():
-    inputs = film_inputs("packed", torch.bfloat16)
-    x, gamma, beta, tasks, starts, dy = inputs
-    kernel = film_kernels.Cuda
-    kernel.forward(x, gamma, beta, tasks, starts)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        kernel.forward(x, gamma, beta, tasks, starts)
-        kernel.backward((dy,), x, gamma, beta, tasks, starts, (True, True, True))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_compiled_and_registered():
     x, gamma, beta, tasks, starts, dy = film_inputs("packed", torch.float32)
     torch.library.opcheck(torch.ops.camtl.film, (x, gamma, beta, tasks, starts, "cuda"))
@@ -126,16 +93,7 @@ def test_compiled_and_registered():
     assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
 
 
-def test_it_is_the_choice_where_it_can_run():
-    x, gamma, beta, tasks, starts, dy = film_inputs("padded", torch.bfloat16)
-    chosen, ordered = (
-        run(None, x, gamma, beta, tasks, starts, dy),
-        run("cuda", x, gamma, beta, tasks, starts, dy),
-    )
-    assert all(torch.equal(a, b) for a, b in zip(chosen, ordered, strict=True))
-    with pytest.raises(ValueError, match="cuda: has no float64"):
-        run("cuda", x, gamma, beta, tasks, starts, dy, dtype=torch.float64)
+def test_tensors_of_the_cpu_are_refused():
+    inputs = film_inputs("padded", torch.bfloat16)
     with pytest.raises(ValueError, match="needs CUDA tensors; got cpu"):
-        run(
-            "cuda", *(None if value is None else value.cpu() for value in (x, gamma, beta, tasks, starts, dy))
-        )
+        run("cuda", *(None if value is None else value.cpu() for value in inputs))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from camtl import ops
+from camtl.ops import _kernels
 from camtl.ops.reference import _ints_from_scalars
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -120,19 +121,25 @@ MIXES = {
 }
 
 
+# Interpreted, a tile has 256 features, and a run of samples 16.
+if _kernels.INTERPRETED:
+    WIDTHS, OTHER_WIDTH, SAMPLES = (1, 33, 300), 64, 40
+else:
+    WIDTHS, OTHER_WIDTH, SAMPLES = (1, 33, 384, 768, 1000, 1024), 384, 150
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("mix", "D"),
-    [*(("all kinds", D) for D in (1, 33, 384, 768, 1000, 1024)), *((mix, 384) for mix in MIXES)],
+    ("mix", "D"), [*(("all kinds", D) for D in WIDTHS), *((mix, OTHER_WIDTH) for mix in MIXES)]
 )
 @pytest.mark.parametrize("wide", [(), (1, 2)], ids=["", "float32 heads"])
 def test_rule(h, backend, dtype, D, mix, wide):
     """Of several tasks the last has no sample; one has enough to add up in more than one run."""
     sizes, kinds = MIXES[mix]
-    tasks = torch.randint(0, max(len(sizes) - 1, 1), (150,))
-    tasks[:70] = 0
+    tasks = torch.randint(0, max(len(sizes) - 1, 1), (SAMPLES,))
+    tasks[: SAMPLES // 2] = 0
     labels = random_labels(sizes, kinds, tasks)
-    inputs = [h.leaf(150, D), D**-0.5 * h.leaf(sum(sizes), D), h.leaf(sum(sizes))]
+    inputs = [h.leaf(SAMPLES, D), D**-0.5 * h.leaf(sum(sizes), D), h.leaf(sum(sizes))]
     call = lambda on, *a: ops.multitask_loss(*a, sizes, tasks, labels, loss_types=kinds, backend=on)  # noqa: E731
     h.assert_rule(call, inputs, dtype, backend=backend, wide=wide)
 
@@ -148,13 +155,17 @@ def test_every_instruction_set_keeps_the_rule(h, backend, dtype):
         h.assert_rule(call, inputs, dtype, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)  # PyTorch's own products promise no such thing
+# PyTorch's own products promise no such thing.
+@pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("triton", marks=pytest.mark.interpreter)], indirect=True
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_run_threads_or_old_memory(h, backend, dtype):
     sizes, kinds = MIXES["all kinds"]
-    tasks = torch.randint(0, 4, (200,))
+    B = 40 if _kernels.INTERPRETED else 200
+    tasks = torch.randint(0, 4, (B,))
     labels = random_labels(sizes, kinds, tasks)
-    inputs = [h.leaf(200, 100, dtype=dtype), h.leaf(sum(sizes), 100), h.leaf(sum(sizes))]
+    inputs = [h.leaf(B, 100, dtype=dtype), h.leaf(sum(sizes), 100), h.leaf(sum(sizes))]
 
     def call():
         out, grads = h.outputs_and_gradients(
