@@ -56,7 +56,7 @@ demo: $(NATIVE) ## train, evaluate and use one model on four small tasks (3 minu
 	$(BIN)/camtl predict runs/demo --task demo_entailment --text "Every gardener watered the roses." "Some gardener watered the flowers."
 	$(BIN)/camtl predict runs/demo --task demo_similarity --text "A boy is riding a horse." "A child rides an animal."
 
-test: $(NATIVE) ## run the tests (about @@ minutes on two CPU cores)
+test: $(NATIVE) ## run the tests (about 12 minutes on two CPU cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not interpreter"
 	$(INTERPRETED) -n $(JOBS) -m "interpreter and not slow"
 

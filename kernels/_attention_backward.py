@@ -63,7 +63,7 @@ class AttentionBackwardConfig:
 
 
 def heuristic(key: Key) -> AttentionBackwardConfig:
-    """The largest tiles that stay in registers, with dropout and the bias gradient; interpreted: few programs."""
+    """The largest tiles that stay in registers, with all options; interpreted: few programs."""
     S = max(16, key.S)
     if not key.arch:
         return AttentionBackwardConfig(

@@ -42,7 +42,7 @@ def acc(x: Tensor) -> tl.dtype:
 
 
 def whole(x: Tensor) -> Tensor:
-    """x, or a copy where it does not begin at a multiple of 16 bytes: one compilation fewer, wide accesses."""
+    """x, or a copy where it does not begin at a multiple of 16 bytes: one compilation, wide accesses."""
     return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -130,7 +130,8 @@ def _values(v_ptr, j0, n, v_s, DH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D:
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "sequences", "longest", "heads", "tiles", "w", "table_rows", "factor", "live", "threshold", "keep"
+        "rows", "sequences", "longest", "heads", "tiles", "w", "table_rows", "factor", "live", "threshold",
+        "keep",
     ]
 )  # fmt: skip
 def _forward(
@@ -217,8 +218,8 @@ def _forward(
             out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
             for j0 in range(0, n, BLOCK_N):
                 s = _scores(
-                    q, k_ptr, table_ptr, gamma_ptr, beta_ptr, mask_ptr, t, i0, j0, n, k_s, w, table_rows, factor,
-                    BIAS, FILM, MASK, ACC, DH, BLOCK_M, BLOCK_N, BLOCK_D,
+                    q, k_ptr, table_ptr, gamma_ptr, beta_ptr, mask_ptr, t, i0, j0, n, k_s, w, table_rows,
+                    factor, BIAS, FILM, MASK, ACC, DH, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 before = m
                 m = tl.maximum(m, tl.max(s, 1))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FilmConfig:
-    """Block sizes: rows and features of a tile, warps, and the backward pass's programs per multiprocessor."""
+    """Rows and features of a tile, warps, and the backward pass's programs per multiprocessor."""
 
     block_rows: int = 16
     block_features: int = 256
