@@ -231,7 +231,6 @@ def bottleneck(size: Size) -> Case:
 def form(fused: bool, b: Batch, inputs: Sequence[Tensor]) -> Steps:
     """One form of the Triton kernels, launched without autograd, whose threads would know no override."""
     from camtl.kernels import _config, conditional_bottleneck
-
     from camtl.tuning.calls import Launch
 
     names = ("x", "gamma", "beta", "down_weight", "down_bias", "up_weight", "up_bias")

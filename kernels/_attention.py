@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from camtl.kernels import _launch as on
 from camtl.kernels._common import INTERPRETED, kept, random_words
-from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

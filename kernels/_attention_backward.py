@@ -30,13 +30,14 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from camtl.kernels import _attention_bias_grad as bias_grad
 from camtl.kernels import _launch as on
 from camtl.kernels._attention import LOG2E, base_of, bias_of, call_of, diagonal, dot, kept_tile, span
 from camtl.kernels._attention_bias_grad import load_rows
 from camtl.kernels._common import cast
 from camtl.kernels._config import Key, find
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from camtl.kernels import _launch as on
 from camtl.kernels._attention import LOG2E, Call, base_of, dot, kept_tile, span
 from camtl.kernels._common import cast
-from torch import Tensor
 
 NARROW = 64  # the widest blocks whose gradients are stored per head
 _MEMORY = 64 * 2**20  # bytes of all chunks' sums

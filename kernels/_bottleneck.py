@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from camtl.kernels._attention import dot
 from camtl.kernels._common import cast, gelu, gelu_slope, sequence_of
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 import triton.language as tl
-from camtl.kernels._common import INTERPRETED as _INTERPRETED
-from camtl.kernels._common import sum_by_task
 from torch import Tensor
 
 from camtl._tensors import acc_dtype, on_device
+from camtl.kernels._common import INTERPRETED as _INTERPRETED
+from camtl.kernels._common import sum_by_task
 
 INTERPRETED = bool(_INTERPRETED.value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from camtl.kernels._common import cast, kept, random_fours, random_of
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from camtl.kernels._common import cast
 from camtl.kernels._host_ints import PACKED, entry
 

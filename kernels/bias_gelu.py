@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from camtl.kernels import _launch as on
 from camtl.kernels._common import cast, gelu, gelu_slope
 from camtl.kernels._config import Key, find
-from torch import Tensor
 
 
 @dataclass(frozen=True)

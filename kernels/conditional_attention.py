@@ -17,12 +17,12 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from camtl.kernels import _launch as on
 from camtl.kernels._attention import LOG2E, base_of, bias_of, call_of, dot, kept_tile, span
 from camtl.kernels._common import cast
 from camtl.kernels._config import Key, find
-from torch import Tensor
-
 from camtl.native.conditional_attention import outputs
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -30,25 +30,30 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Queries and keys of a tile, warps, and stages of the loop over keys."""
+    """Queries and keys of a tile, warps, stages of the loop over keys, registers a thread may have."""
 
     block_m: int = 64
     block_n: int = 64
-    num_warps: int = 4
+    num_warps: int = 8
     num_stages: int = 2
     max_registers: int = 255
 
 
 def heuristic(key: Key) -> AttentionConfig:
-    """One tile of keys up to 128 positions; tiles that leave the registers to the scores beyond."""
+    """The largest tiles that leave nothing to the stack, with dropout and a mask; one up to 128 keys."""
     S = max(16, key.S)
     if not key.arch:  # interpreted: few programs, but several tiles of longer sequences
         block = min(S, 64) if S <= 256 else 256
-        return AttentionConfig(block, block, 4, 1)
-    wide = 2 if key.D > 64 else 1
+        return AttentionConfig(block, block)
     if key.dtype == "float32":
-        return AttentionConfig(min(S, 64), min(S, 64 // wide), 4, 2)
-    return AttentionConfig(min(S, 128), min(S, 128 // wide), 8 if S > 64 else 4, 2)
+        return AttentionConfig(min(S, 32 if key.D > 64 else 64), min(S, 32))
+    if S <= 64 and key.D <= 64:
+        return AttentionConfig(S, S, num_warps=4, num_stages=1, max_registers=168)
+    if S == 128 and key.D <= 64:
+        if key.arch >= 100:
+            return AttentionConfig(64, 128, num_stages=1, max_registers=128)
+        return AttentionConfig(64, 128, num_warps=4 if key.arch >= 90 else 8, num_stages=1)
+    return AttentionConfig(min(S, 64 if key.D > 64 else 128), min(S, 64))
 
 
 def candidates(key: Key) -> list[AttentionConfig]:
@@ -56,10 +61,10 @@ def candidates(key: Key) -> list[AttentionConfig]:
     S = max(16, key.S)
     sizes = {(min(m, S), min(n, S)) for m in (64, 128) for n in (32, 64, 128, 256)}
     return [
-        AttentionConfig(m, n, warps, stages)
+        AttentionConfig(m, n, warps, stages, registers)
         for m, n in sorted(sizes)
-        for warps in (4, 8)
-        for stages in (2, 3)
+        for warps, registers in ((4, 168), (4, 255), (8, 128), (8, 255))
+        for stages in ((1,) if n >= S else (2, 3))
     ]
 
 
@@ -97,21 +102,9 @@ def _scores(
     )
     if BIAS:
         c = bias_of(
-            table_ptr,
-            gamma_ptr,
-            beta_ptr,
-            t,
-            i0,
-            j0,
-            n,
-            w,
-            table_rows,
-            LOG2E / factor,
-            FILM,
-            BLOCK_M,
-            BLOCK_N,
-            ACC,
-        )
+            table_ptr, gamma_ptr, beta_ptr, t, i0, j0, n, w, table_rows, LOG2E / factor,
+            FILM, BLOCK_M, BLOCK_N, ACC,
+        )  # fmt: skip
     else:
         c = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     s = dot(q, tl.trans(k), c) * factor
@@ -209,7 +202,8 @@ def _forward(
             p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
             total = tl.sum(p, 1)
             if DROPS:
-                p = tl.where(kept_tile(seed_ptr, threshold, first, longest, i0, 0, BLOCK_M, BLOCK_N), p, 0.0)
+                stays = kept_tile(seed_ptr, threshold, first, longest, i0, 0, BLOCK_M, BLOCK_N)
+                p = tl.where(stays, p, 0.0)
             v = _values(v_ptr, 0, n, v_s, DH, BLOCK_N, BLOCK_D)
             out = dot(cast(p, v.dtype), v, tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC))
         else:
@@ -228,9 +222,8 @@ def _forward(
                 fade = tl.exp2(before - safe)
                 total = total * fade + tl.sum(p, 1)
                 if DROPS:
-                    p = tl.where(
-                        kept_tile(seed_ptr, threshold, first, longest, i0, j0, BLOCK_M, BLOCK_N), p, 0.0
-                    )
+                    stays = kept_tile(seed_ptr, threshold, first, longest, i0, j0, BLOCK_M, BLOCK_N)
+                    p = tl.where(stays, p, 0.0)
                 v = _values(v_ptr, j0, n, v_s, DH, BLOCK_N, BLOCK_D)
                 out = dot(cast(p, v.dtype), v, out * fade[:, None])
         none = total == 0.0  # no key
@@ -240,10 +233,10 @@ def _forward(
         row = (start + i).to(tl.int64)
         target = out_ptr + (row * heads + h)[:, None] * DH + d[None, :]
         tl.store(target, cast(out, out_ptr.dtype.element_ty), mask=inside)
-        before = first
+        place = first
         if PACKED:
-            before = h.to(tl.int64) * rows + start
-        tl.store(lse_ptr + before + i, lse, mask=i < n)
+            place = h.to(tl.int64) * rows + start
+        tl.store(lse_ptr + place + i, lse, mask=i < n)
     if PACKED:  # rows of no sequence: each program zeroes a share of them
         zero = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
         for top in range(tl.load(cu_ptr + sequences) + pid * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):

@@ -31,13 +31,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
+from camtl._tensors import neck_width
 from camtl.kernels import _launch as on
 from camtl.kernels import film
 from camtl.kernels._bottleneck import film_down, finish, product
 from camtl.kernels._config import Key, find
-from torch import Tensor
-
-from camtl._tensors import neck_width
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from camtl.kernels import _launch as on
 from camtl.kernels._common import cast, sequence_of
 from camtl.kernels._config import Key, find
 from camtl.kernels._layer_norm import before_norm, finalise, keeps, over, scaled, shifted
-from torch import Tensor
 
 
 @dataclass(frozen=True)

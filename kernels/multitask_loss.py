@@ -25,6 +25,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from camtl._tensors import pack
 from camtl.kernels import _launch as on
 from camtl.kernels._common import cast
 from camtl.kernels._config import Key, find
@@ -37,9 +40,6 @@ from camtl.kernels._multitask_loss import (
     log1p_exp,
     rows_before,
 )
-from torch import Tensor
-
-from camtl._tensors import pack
 
 # Left to itself, ptxas spills on sm_90, to make room for more programs than a batch has.
 REGISTERS = 168

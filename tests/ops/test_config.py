@@ -16,10 +16,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from camtl import tuning
 from camtl.kernels import _config
 from camtl.kernels._config import Key, find, override, slug
-
-from camtl import tuning
 
 GPU = "nvidia-test"
 KEY = Key(768, 0, "bfloat16", 90, GPU)
