@@ -107,7 +107,7 @@ def call_of(
         1 / math.sqrt(Dh) if scale is None else float(scale),
         on.threshold(dropout_p) if drops else 0,
         1 / (1 - dropout_p) if drops else 1.0,
-        dropout_seed if drops else None,
+        on.dense(dropout_seed) if drops and dropout_seed is not None else None,
     )
 
 

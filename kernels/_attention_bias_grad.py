@@ -185,11 +185,11 @@ def _reduce(
     ]
 )  # fmt: skip
 def _band(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, mass_ptr,
     table_ptr, gamma_ptr, beta_ptr, task_ptr, mask_ptr, cu_ptr, seed_ptr, sum_ptr, film_ptr,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
-    rows, batch, longest, heads, w, task_stride, threshold, tasks, each, blocks, col_tiles, factor, inverse,
-    keep,
+    rows, batch, longest, heads, w, task_stride, threshold, tasks, each, blocks, col_tiles,
+    factor, inverse, keep,
     D: tl.constexpr, PACKED: tl.constexpr, FILM: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -251,7 +251,7 @@ def _band(
                         )
                         element = (b.to(tl.int64) * heads + h) * longest
                         row = (h.to(tl.int64) * rows + start if PACKED else element) + i
-                        lse = tl.load(lse_ptr + row, mask=i < stop, other=float("inf")) * LOG2E
+                        lse = tl.load(lse_ptr + row, mask=i < stop, other=float("inf"))
                         delta = tl.load(delta_ptr + row, mask=i < stop, other=0.0)
                         scores = dot(q, tl.trans(k), M) * factor
                         P = tl.where(keys[None, :], tl.exp2(scores - lse[:, None]), 0.0)
@@ -259,7 +259,10 @@ def _band(
                         if seed_ptr is not None:
                             drawn = kept_tile(seed_ptr, threshold, element, longest, i0, j0, BLOCK_M, BLOCK_N)
                             dP = tl.where(drawn, dP, 0.0)
-                        total += P * (dP - delta[:, None])
+                        dS = P * (dP - delta[:, None])
+                        if mass_ptr is not None:
+                            dS /= tl.load(mass_ptr + row, mask=i < stop, other=1.0)[:, None]
+                        total += dS
         total *= keep
         if FILM:
             everything += total * growth[None, :]
@@ -371,7 +374,8 @@ def narrow(
 
 
 def wide(
-    call: Call, dout: Tensor, lse: Tensor, delta: Tensor, dout_strides: list[int], scale: float,
+    call: Call, dout: Tensor, lse: Tensor, delta: Tensor, mass: Tensor | None, dout_strides: list[int],
+    scale: float,
     dtable: Tensor | None, dgamma: Tensor | None, dbeta: Tensor | None, *,
     block_m: int, block_n: int, warps: int, stages: int,
 ) -> None:  # fmt: skip
@@ -385,7 +389,7 @@ def wide(
     sums = _chunks(call, film, dtable is not None, blocks * row_tiles, tiles)
     tasks = call.table.shape[0] if call.gamma is None else call.gamma.shape[0]
     _band[(sums.count * tiles,)](
-        call.q, call.k, call.v, dout, lse, delta,
+        call.q, call.k, call.v, dout, lse, delta, mass,
         call.table, call.gamma, call.beta, call.task_ids, call.mask, call.starts, call.seed,
         sums.table, sums.film, *call.strides, *dout_strides,
         call.rows, call.batch, call.longest, call.heads, call.width,
@@ -393,6 +397,6 @@ def wide(
         blocks, col_tiles, scale * LOG2E.value, 1 / scale, call.keep,
         D=call.features, PACKED=call.packed, FILM=call.gamma is not None, ACC=on.acc(call.q),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=max(16, on.power_of_two(call.features)), LANES=32,
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
     _finish_all(call, sums, blocks * row_tiles, dtable, dgamma, dbeta)

@@ -3,8 +3,8 @@
 Forward: a program per (sequence, head, tile of queries). It keeps its queries and walks the sequence's keys
 in tiles; where one tile holds them all (``SINGLE``), the softmax is one pass, without running maxima. The
 bias comes from table, gamma and beta in registers: nothing of size S x S leaves the chip, and tiles outside
-the blocks read no table. Scores are in base 2 (``scale`` and the bias times ``log2 e``); the natural
-log-sum-exp is kept for the backward pass. Dropout numbers probabilities as ``kept_tile`` says.
+the blocks read no table. Scores are in base 2 (``scale`` and the bias times ``log2 e``), and so is their
+log-sum-exp, kept for the backward pass. Dropout numbers probabilities as ``kept_tile`` says.
 
 Bytes: q and out once, k and v once (further query tiles of a head find them in the second-level cache), 4 per
 row and head for the log-sum-exp. Flops: ``4 S^2 Dh`` per sequence and head.
@@ -24,8 +24,6 @@ from camtl.kernels._attention import LOG2E, base_of, bias_of, call_of, dot, kept
 from camtl.kernels._common import cast
 from camtl.kernels._config import Key, find
 from camtl.native.conditional_attention import outputs
-
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,7 @@ def heuristic(key: Key) -> AttentionConfig:
     if S <= 64 and key.D <= 64:
         return AttentionConfig(S, S, num_warps=4, num_stages=1, max_registers=168)
     if S == 128 and key.D <= 64:
-        if key.arch >= 100:
-            return AttentionConfig(64, 128, num_stages=1, max_registers=128)
-        return AttentionConfig(64, 128, num_warps=4 if key.arch >= 90 else 8, num_stages=1)
+        return AttentionConfig(64, 128, num_stages=1, max_registers=128 if key.arch >= 90 else 255)
     return AttentionConfig(min(S, 64 if key.D > 64 else 128), min(S, 64))
 
 
@@ -193,7 +189,8 @@ def _forward(
         if BIAS:
             t = tl.load(task_ptr + b).to(tl.int64)
         first = head.to(tl.int64) * longest
-        if SINGLE:
+        if SINGLE:  # v is under way while scores are computed
+            v = _values(v_ptr, 0, n, v_s, DH, BLOCK_N, BLOCK_D)
             s = _scores(
                 q, k_ptr, table_ptr, gamma_ptr, beta_ptr, mask_ptr, t, i0, 0, n, k_s, w, table_rows, factor,
                 BIAS, FILM, MASK, ACC, DH, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -204,7 +201,6 @@ def _forward(
             if DROPS:
                 stays = kept_tile(seed_ptr, threshold, first, longest, i0, 0, BLOCK_M, BLOCK_N)
                 p = tl.where(stays, p, 0.0)
-            v = _values(v_ptr, 0, n, v_s, DH, BLOCK_N, BLOCK_D)
             out = dot(cast(p, v.dtype), v, tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC))
         else:
             m = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
@@ -229,7 +225,7 @@ def _forward(
         none = total == 0.0  # no key
         share = tl.where(none, 1.0, total)
         out = tl.where(none[:, None], 0.0, out * (keep / share)[:, None])
-        lse = tl.where(none, float("inf"), (m + tl.log2(share)) * LN2)
+        lse = tl.where(none, float("inf"), m + tl.log2(share))
         row = (start + i).to(tl.int64)
         target = out_ptr + (row * heads + h)[:, None] * DH + d[None, :]
         tl.store(target, cast(out, out_ptr.dtype.element_ty), mask=inside)

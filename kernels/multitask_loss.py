@@ -42,7 +42,7 @@ from camtl.kernels._multitask_loss import (
 )
 
 # Left to itself, ptxas spills on sm_90, to make room for more programs than a batch has.
-REGISTERS = 168
+REGISTERS = 192
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _blocks(x: Tensor, columns: int) -> tuple[MultitaskLossConfig, int, int]:
 
 
 def _features(tile: int, others: int, D: int) -> int:
-    return min(max(16, tile // others), triton.next_power_of_2(max(1, D)))
+    return min(max(16, tile // others), on.power_of_two(max(1, D)))
 
 
 def _packed(head_sizes: Sequence[int], loss_types: Sequence[int]) -> tuple[int, ...]:
@@ -248,7 +248,7 @@ def forward(
     config, classes, block = _blocks(features, columns)
     x, tasks, targets = on.flat(features), on.dense(task_ids), _labels(labels)
     with on.on_device(features):
-        _forward[(triton.cdiv(B, config.samples),)](
+        _forward[(on.cdiv(B, config.samples),)](
             x, on.dense(head_weight), on.dense(head_bias), tasks, targets, losses, logits, entropy, z,
             x.stride(0), B, columns, columns if targets is not None and targets.dim() == 2 else 1,
             *_packed(head_sizes, loss_types),
@@ -256,7 +256,7 @@ def forward(
             BLOCK_D=block, FILL=classes * 8, num_warps=config.num_warps, maxnreg=REGISTERS,
         )  # fmt: skip
         if losses is not None:
-            _mean_by_task[(triton.cdiv(T, 16),)](
+            _mean_by_task[(on.cdiv(T, 16),)](
                 losses, tasks, per_task, B, T, BLOCK_T=16, BLOCK_B=256, num_warps=config.num_warps
             )
     return per_task, logits, entropy, z
@@ -291,8 +291,8 @@ def backward(
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device) if heads else None
     order = torch.empty(B, dtype=torch.int32, device=z.device) if heads else None
     with on.on_device(features):
-        across = max(1, triton.cdiv(D, block)) if needs[0] else 1
-        backward_samples[(triton.cdiv(B, config.samples), across)](
+        across = max(1, on.cdiv(D, block)) if needs[0] else 1
+        backward_samples[(on.cdiv(B, config.samples), across)](
             on.dense(head_weight), tasks, targets, on.dense(z), dloss, dlogits, dentropy, dx, dz, order,
             B, columns, columns if targets is not None and targets.dim() == 2 else 1, *words,
             D=D, LOSS=dloss is not None and targets is not None, LOGITS=dlogits is not None,
@@ -303,8 +303,8 @@ def backward(
         if heads:
             x = on.flat(features)
             block = _features(config.head_tile, classes * config.head_samples, D)
-            across = max(1, triton.cdiv(D, block)) if needs[1] else 1
-            backward_heads[(triton.cdiv(columns, classes), across, T)](
+            across = max(1, on.cdiv(D, block)) if needs[1] else 1
+            backward_heads[(on.cdiv(columns, classes), across, T)](
                 x, tasks, dz, order, dweight, dbias, x.stride(0), B, columns, *words,
                 D=D, NEEDS_WEIGHT=needs[1], NEEDS_BIAS=needs[2], ACC=on.acc(features),
                 BLOCK_S=config.head_samples, BLOCK_C=classes, BLOCK_D=block, CHUNK=512,

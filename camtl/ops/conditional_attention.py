@@ -8,10 +8,10 @@ from torch import Tensor
 
 from camtl.native import conditional_attention as native
 from camtl.ops import _checks, reference
-from camtl.ops._backends import dispatch, register
+from camtl.ops._backends import Call, dispatch, register
 from camtl.ops._dropout import draw_seed
 from camtl.ops._fused import FusedOp
-from camtl.ops._kernels import register_cpu, register_triton
+from camtl.ops._kernels import register_cpu, register_triton, triton_reasons
 
 _OP = "conditional_attention"
 
@@ -182,6 +182,11 @@ def _fake(q: Tensor, k: Tensor | None, cu_seqlens: Tensor | None, **rest: Any) -
     return native.outputs(q, k, cu_seqlens)
 
 
+def _triton_reasons(call: Call) -> list[str]:
+    features = call["q"].shape[-1]
+    return triton_reasons(call) + ([f"needs Dh <= 128; got {features}"] if features > 128 else [])
+
+
 _fused = FusedOp(
     _OP,
     inputs="Tensor q, Tensor? k, Tensor? v, Tensor? table, Tensor? gamma, Tensor? beta, Tensor? task_ids, "
@@ -195,4 +200,4 @@ _fused = FusedOp(
 )
 register(_OP, "reference", reference.conditional_attention)
 register_cpu(_fused, native)
-register_triton(_fused)
+register_triton(_fused, _triton_reasons)

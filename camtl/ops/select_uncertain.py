@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from camtl._tensors import acc_dtype
+from camtl._tensors import acc_dtype, room
 from camtl.native import select_uncertain as native
 from camtl.ops import _checks, reference
-from camtl.ops._backends import dispatch, register
+from camtl.ops._backends import Call, dispatch, register
 from camtl.ops._fused import FusedOp
-from camtl.ops._kernels import register_cpu, register_triton
+from camtl.ops._kernels import register_cpu, register_triton, triton_reasons
 
 _OP = "select_uncertain"
 
@@ -99,6 +99,18 @@ def _fake(
     return entropy.new_empty((places,), dtype=torch.int64), entropy.new_empty(entropy.shape, dtype=acc)
 
 
+def _triton_reasons(call: Call) -> list[str]:
+    tasks, borrow, reserve = call["num_tasks"], call["borrow"], call["reserve"]
+    if borrow is None and reserve is None:
+        return triton_reasons(call)
+    places = 0 if reserve is None else max(reserve)  # see camtl.kernels.select_uncertain
+    most = room((places << (0 if borrow is None else tasks.bit_length())) + (0 if borrow is None else tasks))
+    if tasks > most:
+        text = f"holds up to {most} tasks that borrow or reserve up to {places} places; got {tasks}"
+        return [text, *triton_reasons(call)]
+    return triton_reasons(call)
+
+
 _fused = FusedOp(
     _OP,
     inputs="Tensor entropy, Tensor task_ids, SymInt k, int num_tasks, str score, int[]? borrow, "
@@ -110,4 +122,4 @@ _fused = FusedOp(
 )
 register(_OP, "reference", reference.select_uncertain)
 register_cpu(_fused, native)
-register_triton(_fused)
+register_triton(_fused, _triton_reasons)

@@ -140,19 +140,25 @@ SAMPLES = {  # op: sample -> shapes of its inputs; the first of each op has no d
 
 
 def cases(
-    *, differentiable: bool = False, first: bool = False, needs: tuple[str, ...] = ()
+    *,
+    differentiable: bool = False,
+    first: bool = False,
+    needs: tuple[str, ...] = (),
+    on: tuple[str, ...] = ("cpu", "triton"),
 ) -> Iterator[SimpleNamespace]:
-    """The samples of every op, on every backend with kernels for it that takes CPU tensors.
+    """The samples of every op, on its backends with kernels that take CPU tensors.
 
     ``differentiable``: only those with inputs that get gradients; ``first``: only the first of each op;
     ``needs``: only those with such arguments.
     """
     for op, samples in SAMPLES.items():
-        for on in _backends._REGISTRY[op]:
-            if on not in ("cpu", "triton"):  # reference has no kernels; the others take tensors of a GPU
+        for backend in _backends._REGISTRY[op]:
+            if backend not in on:
                 continue
             for number, (sample, shapes) in enumerate(samples.items()):
                 names = sample.__code__.co_varnames
                 if (differentiable and not shapes) or (first and number) or not set(needs) <= set(names):
                     continue
-                yield SimpleNamespace(op=op, on=on, call=sample, shapes=shapes, id=f"{sample.__name__}-{on}")
+                yield SimpleNamespace(
+                    op=op, on=backend, call=sample, shapes=shapes, id=f"{sample.__name__}-{backend}"
+                )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from camtl import ops
+from camtl.ops import _kernels
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -186,12 +187,16 @@ def test_no_candidate(k):
             scores.sum().backward()
 
 
+# Interpreted, three blocks of candidates and of those they are compared with, the last of them not full.
+MANY, MORE = (1200, 1200) if _kernels.INTERPRETED else (5000, 20000)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("k", [8, 999, 5000])
+@pytest.mark.parametrize("k", [8, 999, MANY])
 def test_many_candidates_are_chosen_as_reference_chooses(option, k):
     """Few distinct entropies: thousands of ties, within the chosen and at their border."""
-    tasks = torch.randint(0, 5, (5000,))
-    entropy = torch.randint(0, 40, (5000,)).double() / 64  # sums are exact in any order
+    tasks = torch.randint(0, 5, (MANY,))
+    entropy = torch.randint(0, 40, (MANY,)).double() / 64  # sums are exact in any order
     got, expected = (
         ops.select_uncertain(entropy, tasks, k, 5, backend=on, **OPTIONS[option])
         for on in (None, "reference")
@@ -201,7 +206,7 @@ def test_many_candidates_are_chosen_as_reference_chooses(option, k):
 
 
 def test_bits_do_not_depend_on_run_threads_or_old_memory(h):
-    tasks, entropy = torch.randint(0, 5, (20000,)), torch.rand(20000, requires_grad=True)
+    tasks, entropy = torch.randint(0, 5, (MORE,)), torch.rand(MORE, requires_grad=True)
 
     def call():
         indices, scores = ops.select_uncertain(entropy, tasks, 900, 5, **OPTIONS["all"])
@@ -234,3 +239,55 @@ def test_compile():
     graph = torch.compile(call, backend="aot_eager", fullgraph=True)
     for a, b in zip(graph(entropy, tasks), call(entropy, tasks), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reserved_places_among_values_that_are_no_numbers(seed):
+    """Every place is taken once, whatever there is to compare."""
+    torch.manual_seed(seed)
+    values = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 0.5, 1.0])
+    entropy, tasks = values[torch.randint(0, 7, (60,))], torch.randint(0, 3, (60,))
+    for k in (4, 20, 59, 60, 99):
+        got, expected = (
+            ops.select_uncertain(entropy, tasks, k, 3, reserve=[1, 0, 3], borrow=[2, -1, -1], backend=on)
+            for on in (None, "reference")
+        )
+        assert torch.equal(got[0], expected[0])
+        torch.testing.assert_close(got[1], expected[1], equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("T", [1, 50, 130])
+def test_many_tasks(T):
+    """Some without a candidate; so many that their numbers fill several words and several blocks."""
+    tasks, entropy = torch.randint(0, T, (90,)), torch.randint(0, 40, (90,)).double() / 64
+    entropy.requires_grad_()
+    options = {
+        "score": "reference",
+        "borrow": [(u * 7 + 3) % T if u % 3 else -1 for u in range(T)] if T < 100 else None,
+        "reserve": [u % 2 for u in range(T)],
+    }
+    results = []
+    for on in (None, "reference"):
+        indices, scores = ops.select_uncertain(entropy, tasks, 70, T, backend=on, **options)
+        results.append((indices, scores, *torch.autograd.grad((scores * torch.arange(90)).sum(), entropy)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_means_below_zero_have_no_scores():
+    entropy, tasks = torch.tensor([-1.0, -2, -3]), torch.tensor([0, 0, 1])
+    indices, scores = ops.select_uncertain(entropy, tasks, 2, 2, score="reference")
+    assert torch.equal(scores, torch.zeros(3))
+    assert indices.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.interpreter)], indirect=True)
+def test_numbers_that_do_not_fit_into_a_launch_run_elsewhere(backend):
+    entropy, tasks = torch.rand(4), torch.tensor([0, 1, 2, 99])
+    reserve = [2**40] + [0] * 99
+    call = (entropy, tasks, 2**41, 100)
+    message = "triton: holds up to 8 tasks that borrow or reserve up to 1099511627776 places; got 100"
+    with pytest.raises(ValueError, match=message):
+        ops.select_uncertain(*call, reserve=reserve, backend="triton")
+    ops.set_backend(None)
+    assert ops.select_uncertain(*call, reserve=reserve)[0].numel() == 4
