@@ -51,11 +51,12 @@ def heuristic(key: Key) -> AttentionBackwardConfig:
     one_pass, warps = S <= 128 and key.D <= 64, 8 if S > 64 else 4
     small = (16, 32, 4, 1)
     if not 90 <= key.arch < 120:  # operands in registers too
-        band = small if key.D > 64 else (64, 16, 4, 1)
+        band = small if key.D > 64 else (64, 16, 8, 1)
         return AttentionBackwardConfig(one_pass, 16, warps, 1, None, 64, 32, 8, 2, 32, 64, 8, 2, *band)
     stages = 1 if key.arch >= 100 else 2  # there they would unroll the loop around the products
     band = small if key.D > 64 else (64, 32, 8, stages)
-    m, dq_warps = 64 if S > 64 else min(S, 32), 8 if stages == 1 or key.D > 64 else 4
+    m = 16 if S == 64 and key.D > 32 else min(S, 32)
+    dq_warps = 8 if stages == 1 or key.D > 64 else 4
     return AttentionBackwardConfig(
         one_pass, m, warps, 1, None, 64, 64, dq_warps, stages, 64, 64, 8, stages, *band
     )

@@ -1,6 +1,6 @@
 """Kernels of ``conditional_attention``'s backward pass: dq, dk and dv; ``_attention_backward`` launches them.
 
-With scores ``s = scale q k^T + M_t``, ``P = exp(s - lse)`` (here in base 2) and Z (0 or ``1 / (1 - p)``), dropout::
+With scores ``s = scale q k^T + M_t``, ``P = exp(s - lse)`` (here in base 2), dropout Z 0 or ``1 / (1 - p)``::
 
     dP = Z (dout v^T)    delta_i = sum_j P dP    dS = P (dP - delta)
     dq = scale dS k      dk = scale dS^T q       dv = (P Z)^T dout

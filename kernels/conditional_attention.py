@@ -49,7 +49,9 @@ def heuristic(key: Key) -> AttentionConfig:
         return AttentionConfig(S, S, num_warps=4, num_stages=1, max_registers=168)
     if S == 128 and key.D <= 64:
         return AttentionConfig(64, 128, num_stages=1, max_registers=128 if key.arch >= 90 else 255)
-    return AttentionConfig(min(S, 64 if key.D > 64 else 128), min(S, 64))
+    return AttentionConfig(
+        min(S, 64 if key.D > 64 else 128), min(S, 32 if key.D <= 32 and key.arch >= 100 else 64)
+    )
 
 
 def candidates(key: Key) -> list[AttentionConfig]:

@@ -47,8 +47,8 @@ class LayerNormConfig:
 
 def heuristic(key: Key) -> LayerNormConfig:
     """Backward: as many warps as fill a row with 16 bytes per thread, two such rows, 16 warps per
-    multiprocessor; so sums over a tile's rows stay within threads. Forward: 16 elements per thread.
-    Interpreted: few programs.
+    multiprocessor (from D = 1024 on 12, which need no stack); so sums over a tile's rows stay within threads.
+    Forward: 16 elements per thread. Interpreted: few programs.
     """
     if not key.arch:
         return LayerNormConfig(block_rows=32, backward_rows=32, programs=1)
@@ -60,7 +60,7 @@ def heuristic(key: Key) -> LayerNormConfig:
         warps,
         max(1, backward_warps * wide * 2 // features),
         backward_warps,
-        16 // backward_warps,
+        max(1, (16 if key.D < 1024 else 12) // backward_warps),
     )
 
 
