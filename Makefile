@@ -67,14 +67,32 @@ test-slow: $(NATIVE) ## run the tests that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu and not interpreter"
 	$(INTERPRETED) -m "interpreter and slow"
 
-test-gpu: ## run the GPU tests in an existing environment (PYTHON=python3); needs no datasets, no network
+# The targets for a GPU run in an environment that is there, and put nothing into it but this folder.
+INSTALL = CAMTL_BUILD_CUDA=$(if $(CAMTL_CUDA_ARCHS),1,auto) $(PYTHON) -m pip install --no-deps --no-build-isolation -e .
+INSTALLED = $(PYTHON) -c 'import camtl._native, camtl.kernels' 2>/dev/null || $(INSTALL)
+WATCH = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
+
+test-gpu: ## run the GPU tests in an existing environment (PYTHON=python3); SANITIZE=1: small ones, watched
+	@$(INSTALLED)
+ifneq ($(SANITIZE),1)
 	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/ops tests/models
+else
+	@command -v compute-sanitizer > /dev/null || { echo "SANITIZE=1 needs compute-sanitizer, a part of the CUDA toolkit, on the PATH"; exit 1; }
+	$(WATCH) memcheck $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/ops/test_gpu.py -k test_small_shapes
+	$(WATCH) racecheck $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/ops/test_gpu.py -k test_small_shapes
+endif
 
 bench: $(NATIVE) ## time the ops against eager, compiled and SDPA (see benchmarks/)
 	$(BIN)/python -m pytest benchmarks/ops
 
+SECTION ?= all
+SHAPES  ?= quick
+bench-gpu: ## check and time all ops and a training step on a GPU (PYTHON=python3, SECTION=ops|model, SHAPES=paper)
+	@$(INSTALLED)
+	$(PYTHON) -m benchmarks.gpu --section $(SECTION) --shapes $(SHAPES)
+
 build-gpu: ## build the kernels for the GPU of an existing environment (PYTHON=python3), without network
-	CAMTL_BUILD_CUDA=$(if $(CAMTL_CUDA_ARCHS),1,auto) $(PYTHON) -m pip install --no-deps --no-build-isolation -e .
+	$(INSTALL)
 	@$(PYTHON) -c 'import camtl._native as n; print("CUDA kernels for", n.cuda_architectures) if n.cuda_architectures else exit(f"no CUDA kernels: {n.cuda_reason}")'
 
 lint: $(STAMP) ## ruff and clang-format: rules and format; no framework header below csrc/

@@ -96,3 +96,12 @@ def pack(values: Sequence[int]) -> tuple[int, ...]:
 
 def _bits(largest: int) -> int:
     return max(1, int(largest).bit_length())
+
+
+def attention_outputs(q: Tensor, k: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Empty tensors for what ``conditional_attention`` returns, and for each row's log-sum-exp
+    (``[B, H, S]``, packed ``[H, N]``).
+    """
+    size = q.shape if k is not None else (*q.shape[:-3], *q.shape[-2:])
+    rows = (size[-2], size[0]) if cu_seqlens is not None else (size[0], size[2], size[1])
+    return q.new_empty(size), q.new_empty(rows, dtype=acc_dtype(q))

@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from camtl._tensors import attention_outputs
 from camtl.kernels import _launch as on
 from camtl.kernels._attention import LOG2E, base_of, bias_of, call_of, dot, kept_tile, span
 from camtl.kernels._common import cast
 from camtl.kernels._config import Key, find
-from camtl.native.conditional_attention import outputs
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def _forward(
 
 def forward(q: Tensor, k: Tensor | None, v: Tensor | None, **rest: Any) -> tuple[Tensor, Tensor]:
     """``(out, lse)``; ``rest`` are the other inputs of the op."""
-    out, lse = outputs(q, k, rest["cu_seqlens"])
+    out, lse = attention_outputs(q, k, rest["cu_seqlens"])
     if not out.numel():
         return out, lse
     call = call_of(q, k, v, **rest)

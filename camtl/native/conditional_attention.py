@@ -96,18 +96,11 @@ def forward(q: Tensor, k: Tensor | None, v: Tensor | None, **rest: Any) -> tuple
     assert extension is not None
     parts = _parts(q, k, v)
     shape = _shape(parts[0], **rest)
-    out, lse = outputs(q, k, rest["cu_seqlens"])
+    out, lse = t.attention_outputs(q, k, rest["cu_seqlens"])
     extension.cpu.conditional_attention_forward(
         shape.values, *map(_strided, parts), out.data_ptr(), lse.data_ptr()
     )
     return out, lse
-
-
-def outputs(q: Tensor, k: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Empty tensors for the output and each row's log-sum-exp (``[B, H, S]``, packed ``[H, N]``)."""
-    size = q.shape if k is not None else (*q.shape[:-3], *q.shape[-2:])
-    rows = (size[-2], size[0]) if cu_seqlens is not None else (size[0], size[2], size[1])
-    return q.new_empty(size), q.new_empty(rows, dtype=t.acc_dtype(q))
 
 
 def backward(

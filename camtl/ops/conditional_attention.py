@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from camtl._tensors import attention_outputs
 from camtl.native import conditional_attention as native
 from camtl.ops import _checks, reference
 from camtl.ops._backends import Call, dispatch, register
@@ -179,7 +180,7 @@ def conditional_attention(
 
 
 def _fake(q: Tensor, k: Tensor | None, cu_seqlens: Tensor | None, **rest: Any) -> tuple[Tensor, Tensor]:
-    return native.outputs(q, k, cu_seqlens)
+    return attention_outputs(q, k, cu_seqlens)
 
 
 def _triton_reasons(call: Call) -> list[str]:

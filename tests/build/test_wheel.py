@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = [
     "camtl",
     "csrc",
+    "kernels",
     "setup.py",
     "CMakeLists.txt",
     "MANIFEST.in",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from camtl import ops
+from camtl.ops import _kernels
 
 pytest.importorskip("hypothesis")  # not on every GPU machine
 
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 EXAMPLES = settings(
-    max_examples=30,
+    max_examples=8 if _kernels.INTERPRETED else 30,
     deadline=None,
     database=None,
     derandomize=True,
@@ -177,7 +178,8 @@ def test_conditional_bottleneck(h, kernels, data):
 def test_bias_gelu(h, kernels, data):
     draw = data.draw
     D, view = draw(WIDTHS), draw(STRIDES)
-    leading = draw(st.lists(st.integers(0, 40), min_size=1, max_size=3))
+    most = 8 if _kernels.INTERPRETED else 40
+    leading = draw(st.lists(st.integers(0, most), min_size=1, max_size=3))
     inputs = [h.leaf(*leading, D), h.leaf(D)]
     check(h, kernels, draw, lambda on, x, bias: ops.bias_gelu(view(x), bias, backend=on), inputs)
 
