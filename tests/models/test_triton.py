@@ -68,13 +68,13 @@ def test_a_step_equals_reference(make_model, make_batch, preset):
 
 
 def test_a_compiled_step_in_one_graph(make_model, make_batch):
-    model = make_model(num_hidden_layers=2, preset="ca-mtl-base").train()
+    model = make_model(num_hidden_layers=1, preset="ca-mtl-base").train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     same(step(model, compiled, make_batch()), step(model, model, make_batch()), rtol=1e-4, atol=1e-5)
 
 
 def test_other_lengths_do_not_compile_again(make_model, make_batch):
-    model = make_model(num_hidden_layers=2)
+    model = make_model(num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     batches = [
         packed(make_batch(lengths), 33 - sum(lengths)) for lengths in ((9, 4, 7, 1, 9), (3, 9, 1, 1, 2))

@@ -77,7 +77,7 @@ SIZES = [(1, 1), (33, 11), (384, 128), (768, 256), (1000, 333), (1024, 7)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("D", "K"), SIZES[:2] + SIZES[4:] if _kernels.INTERPRETED else SIZES)
+@pytest.mark.parametrize(("D", "K"), [*SIZES[:2], (200, 67), SIZES[-1]] if _kernels.INTERPRETED else SIZES)
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_rule(h, backend, dtype, D, K, activation):
     """Task 3 has no sequence."""

@@ -207,6 +207,7 @@ def test_rule_packed(h, backend, dtype, parts, lengths, tail):
     h.assert_rule(caller(tasks, parts, starts=starts), inputs, dtype, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_every_instruction_set_keeps_the_rule(h, backend, dtype, p):

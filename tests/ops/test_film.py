@@ -132,6 +132,7 @@ def test_bits_do_not_depend_on_run_threads_or_old_memory(h, dtype):
             assert torch.equal(h.bits(a), h.bits(b)), isa
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set_keeps_the_rule(h, backend, dtype):
     tasks = torch.tensor([0, 2, 1])

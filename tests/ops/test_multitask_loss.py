@@ -144,6 +144,7 @@ def test_rule(h, backend, dtype, D, mix, wide):
     h.assert_rule(call, inputs, dtype, backend=backend, wide=wide)
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set_keeps_the_rule(h, backend, dtype):
     sizes, kinds = MIXES["all kinds"]
