@@ -56,6 +56,11 @@ class Call(NamedTuple):
         """From ``q k^T + M / scale`` to scores in base 2; kernels read q as 0 where it is not ``live``."""
         return (self.scale if self.live else 1.0) * LOG2E.value
 
+    @property
+    def inverse(self) -> float:
+        """``1 / scale``, divided here for all kernels: on a GPU it might be another number."""
+        return 1 / (self.scale if self.live else 1.0)
+
 
 def call_of(
     q: Tensor,

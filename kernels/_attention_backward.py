@@ -113,7 +113,7 @@ def backward(
     )  # fmt: skip
     wanted = [x if need else None for x, need in zip((q, k, v, table, gamma, beta), needs, strict=True)]
     if not (call.rows and call.batch and call.longest):
-        return tuple(None if x is None else torch.zeros_like(x) for x in wanted)
+        return tuple(None if x is None else x.new_zeros(x.shape) for x in wanted)
     outputs = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted]
     dq, dk, dv = outputs[:3]
     if k is None and dq is not None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from camtl.kernels import _launch as on
 from camtl.kernels._attention import LOG2E, Call, base_of, dot, kept_tile, span
-from camtl.kernels._common import cast
+from camtl.kernels._common import cast, quotient
 
 NARROW = 64  # the widest blocks whose gradients are stored per head
 _MEMORY = 64 * 2**20  # bytes of all chunks' sums
@@ -261,7 +261,8 @@ def _band(
                             dP = tl.where(drawn, dP, 0.0)
                         dS = P * (dP - delta[:, None])
                         if mass_ptr is not None:
-                            dS /= tl.load(mass_ptr + row, mask=i < stop, other=1.0)[:, None]
+                            mass = tl.load(mass_ptr + row, mask=i < stop, other=1.0)
+                            dS = quotient(dS, mass[:, None])
                         total += dS
         total *= keep
         if FILM:

@@ -8,8 +8,9 @@ With scores ``s = scale q k^T + M_t``, ``P = exp(s - lse)`` (here in base 2), dr
 Dropout's factor leaves the sums: the kernels have Z 0 or 1, and delta and partial bias gradients in memory
 lack it.
 
-A row with one key has P = 1 and no gradient of its scores, to the last bit: scores add up as they did in the
-forward pass, and no multiplication is fused with the subtraction of lse (``enable_fp_fusion``).
+A row with one key has P = 1 and no gradient of its scores: its P is divided by itself (float32), or scores
+add up as they did in the forward pass, and no multiplication is fused with the subtraction of lse
+(``enable_fp_fusion``).
 
 Products multiply in x's dtype and accumulate in float32; P and dS are rounded to x's dtype for them.
 
@@ -33,7 +34,7 @@ import triton.language as tl
 
 from camtl.kernels._attention import base_of, bias_of, diagonal, dot, kept_tile, span
 from camtl.kernels._attention_bias_grad import load_rows
-from camtl.kernels._common import cast
+from camtl.kernels._common import cast, quotient
 
 
 @triton.jit
@@ -52,7 +53,8 @@ def zero_tail(
     x_ptr, cu_ptr, batch, rows, share, shares, h, stride_s, stride_h, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """0 in the rows of no sequence, head h: tiles ``share``, ``share + shares``, ... of 16."""
-    for top in range(tl.load(cu_ptr + batch) + share * 16, rows, shares * 16):
+    begin = tl.load(cu_ptr + batch) + share.to(tl.int64) * 16
+    for top in range(begin, rows.to(tl.int64), shares.to(tl.int64) * 16):
         i = top + tl.arange(0, 16)
         zero = tl.zeros([16, BLOCK_D], dtype=tl.float32)
         store_rows(x_ptr + h * stride_h, zero, i, rows, stride_s, D, BLOCK_D)
@@ -169,7 +171,7 @@ def one_pass(
         )  # fmt: skip
         mass = mass_of(tl.sum(tl.abs(P), 1))
         if not TURN:
-            P /= mass[:, None]
+            P = quotient(P, mass[:, None])
         if mass_ptr is not None:
             tl.store(mass_ptr + row_base + i, mass, mask=i < n)
         if dv_ptr is not None:
@@ -181,7 +183,7 @@ def one_pass(
                 P = tl.abs(P)
             delta = tl.sum(P * dP, 1)
             if TURN:
-                delta /= mass
+                delta = quotient(delta, mass)
             if delta_ptr is not None:
                 tl.store(delta_ptr + row_base + i, delta, mask=i < n)
             dS = P * (dP - delta[:, None])
@@ -255,7 +257,7 @@ def queries(
         delta += tl.sum(P * dP, 1)
         mass += tl.sum(P, 1)
     mass = mass_of(mass)
-    delta /= mass
+    delta = quotient(delta, mass)
     tl.store(delta_ptr + row_base + i, delta, mask=i < n)
     if mass_ptr is not None:
         tl.store(mass_ptr + row_base + i, mass, mask=i < n)
@@ -275,7 +277,7 @@ def queries(
                 P = tl.abs(P)
             dS = P * (dP - delta[:, None])
             if mass_ptr is not None:
-                dS /= mass[:, None]
+                dS = quotient(dS, mass[:, None])
             if partial_ptr is not None:
                 store_partial(partial_ptr, dS, row_base, i0, j0, n, w, BLOCK_M, BLOCK_N)
             if dq_ptr is not None:
@@ -330,7 +332,7 @@ def keys(
             w, table_rows, factor, inverse, threshold, FILM, TURN, BLOCK_M, BLOCK_N, ACC,
         )  # fmt: skip
         if mass_ptr is not None:
-            P /= tl.load(mass_ptr + row_base + i, mask=i < n, other=1.0)[:, None]
+            P = quotient(P, tl.load(mass_ptr + row_base + i, mask=i < n, other=1.0)[:, None])
         if dv_ptr is not None:
             dv = dot(tl.trans(cast(tl.where(P < 0.0, 0.0, P), dout.dtype)), dout, dv)
         if dk_ptr is not None:

@@ -124,3 +124,12 @@ def sum_by_task(
         total += tl.load(partial_ptr + offsets, mask=own[:, None] & (cols < D)[None, :], other=0.0)
     target = out_ptr + (k.to(tl.int64) * tasks + t) * D + cols
     tl.store(target, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=cols < D)
+
+
+@triton.jit
+def quotient(a, b):
+    """``a / b``, rounded correctly, as the host rounds it; a GPU's own float32 division may not be."""
+    a, b = tl.broadcast(a, b)
+    if a.dtype == tl.float64:
+        return a / b
+    return tl.div_rn(a, b)

@@ -261,7 +261,7 @@ def config_problem(found: Mapping[str, Any], kind: type) -> str:
         if type(value) is not int:
             continue
         warps = name.endswith("warps")
-        if not 0 <= value <= (32 if warps else LARGEST) or (warps and not value):
+        if not 1 <= value <= (32 if warps else LARGEST):
             return f"{name} is {value}, out of range"
         if (warps or _is_block(name)) and value & (value - 1):
             return f"{name} is {value}, not a power of two"

@@ -8,16 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from camtl.kernels._common import cast
+from camtl.kernels._common import cast, quotient
 from camtl.kernels._host_ints import PACKED, entry
-
-
-@triton.jit
-def quotient(a, b):
-    """``a / b``, rounded correctly: as the host rounds it."""
-    if a.dtype == tl.float64:
-        return a / b
-    return tl.div_rn(a, b)
 
 
 @triton.jit(do_not_specialize=["candidates", "tasks"])

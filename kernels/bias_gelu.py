@@ -142,9 +142,8 @@ def backward(
     (dy,) = grads
     assert dy is not None
     if not x.numel():
-        return tuple(
-            torch.zeros_like(value) if need else None for value, need in zip((x, bias), needs, strict=True)
-        )
+        found = (value.new_zeros(value.shape) for value in (x, bias))
+        return tuple(g if need else None for g, need in zip(found, needs, strict=True))
     flat_dy, flat, D, config = on.flat(dy), on.flat(x), x.shape[-1], _config(x)
     rows, block = flat.shape[0], min(config.block_features, on.power_of_two(D))
     across = on.cdiv(D, block)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from camtl._tensors import attention_outputs
 from camtl.kernels import _launch as on
-from camtl.kernels._attention import LOG2E, base_of, bias_of, call_of, dot, kept_tile, span
+from camtl.kernels._attention import base_of, bias_of, call_of, dot, kept_tile, span
 from camtl.kernels._common import cast
 from camtl.kernels._config import Key, find
 
@@ -82,6 +82,7 @@ def _scores(
     w,
     table_rows,
     factor,
+    inverse,
     BIAS: tl.constexpr,
     FILM: tl.constexpr,
     MASK: tl.constexpr,
@@ -100,7 +101,7 @@ def _scores(
     )
     if BIAS:
         c = bias_of(
-            table_ptr, gamma_ptr, beta_ptr, t, i0, j0, n, w, table_rows, LOG2E / factor,
+            table_ptr, gamma_ptr, beta_ptr, t, i0, j0, n, w, table_rows, inverse,
             FILM, BLOCK_M, BLOCK_N, ACC,
         )  # fmt: skip
     else:
@@ -121,8 +122,8 @@ def _values(v_ptr, j0, n, v_s, DH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D:
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "sequences", "longest", "heads", "tiles", "w", "table_rows", "factor", "live", "threshold",
-        "keep",
+        "rows", "sequences", "longest", "heads", "tiles", "w", "table_rows", "factor", "inverse", "live",
+        "threshold", "keep",
     ]
 )  # fmt: skip
 def _forward(
@@ -155,6 +156,7 @@ def _forward(
     w,
     table_rows,
     factor,  # from products to scores, see Call
+    inverse,  # and from the bias to what is added to products
     live,
     threshold,
     keep,
@@ -195,7 +197,7 @@ def _forward(
             v = _values(v_ptr, 0, n, v_s, DH, BLOCK_N, BLOCK_D)
             s = _scores(
                 q, k_ptr, table_ptr, gamma_ptr, beta_ptr, mask_ptr, t, i0, 0, n, k_s, w, table_rows, factor,
-                BIAS, FILM, MASK, ACC, DH, BLOCK_M, BLOCK_N, BLOCK_D,
+                inverse, BIAS, FILM, MASK, ACC, DH, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             m = tl.max(s, 1)
             p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
@@ -211,7 +213,7 @@ def _forward(
             for j0 in range(0, n, BLOCK_N):
                 s = _scores(
                     q, k_ptr, table_ptr, gamma_ptr, beta_ptr, mask_ptr, t, i0, j0, n, k_s, w, table_rows,
-                    factor, BIAS, FILM, MASK, ACC, DH, BLOCK_M, BLOCK_N, BLOCK_D,
+                    factor, inverse, BIAS, FILM, MASK, ACC, DH, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 before = m
                 m = tl.maximum(m, tl.max(s, 1))
@@ -237,7 +239,8 @@ def _forward(
         tl.store(lse_ptr + place + i, lse, mask=i < n)
     if PACKED:  # rows of no sequence: each program zeroes a share of them
         zero = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
-        for top in range(tl.load(cu_ptr + sequences) + pid * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
+        begin = tl.load(cu_ptr + sequences) + pid.to(tl.int64) * BLOCK_M  # the grid may be beyond 2^31 rows
+        for top in range(begin, rows.to(tl.int64), tl.num_programs(0).to(tl.int64) * BLOCK_M):
             row = (top + lane).to(tl.int64)
             for h in range(heads):
                 target = out_ptr + (row * heads + h)[:, None] * DH + d[None, :]
@@ -263,7 +266,7 @@ def forward(q: Tensor, k: Tensor | None, v: Tensor | None, **rest: Any) -> tuple
         _forward[(call.batch * call.heads * tiles,)](
             call.q, call.k, call.v, call.table, call.gamma, call.beta, call.task_ids, call.mask, call.starts,
             call.seed, out, lse, *call.strides, call.rows, call.batch, call.longest, call.heads, tiles,
-            call.width, call.table_rows, call.factor, int(call.live), call.threshold, call.keep,
+            call.width, call.table_rows, call.factor, call.inverse, int(call.live), call.threshold, call.keep,
             PACKED=call.packed, BIAS=call.table is not None, FILM=call.gamma is not None,
             MASK=call.mask is not None, DROPS=call.seed is not None, SINGLE=config.block_n >= call.longest,
             ACC=on.acc(q), DH=call.features, BLOCK_M=config.block_m, BLOCK_N=config.block_n,

@@ -216,7 +216,7 @@ def backward(
     rows, D, T = on.rows_of(x, cu_seqlens), x.shape[-1], gamma.shape[0]
     needs_tables = needs[1] or needs[2]
     if not x.numel() or not rows.sequences:
-        found = (torch.zeros_like(value) for value in (x, gamma, beta))
+        found = (value.new_zeros(value.shape) for value in (x, gamma, beta))
         return tuple(g if need else None for g, need in zip(found, needs, strict=True))
     flat_dy, flat = on.flat(dy), on.flat(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None

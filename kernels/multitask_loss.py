@@ -278,7 +278,7 @@ def backward(
     (B, D), T, columns = features.shape, len(head_sizes), max(head_sizes)
     inputs = (features, head_weight, head_bias)
     if not B:
-        return tuple(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True))
+        return tuple(x.new_zeros(x.shape) if need else None for x, need in zip(inputs, needs, strict=True))
     outputs = [
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
         for x, need in zip(inputs, needs, strict=True)

@@ -221,6 +221,8 @@ def _tasks(
 
 def _packed(borrow: Sequence[int] | None, reserve: Sequence[int] | None, tasks: int) -> tuple[int, ...]:
     """The words, the bits of an entry, and those of it that ``borrow`` has."""
+    if borrow is None and reserve is None:
+        return (*pack([0]), 0)  # nothing reads them, for any number of tasks
     bits = tasks.bit_length() if borrow is not None else 0
     values = [0 if borrow is None else u + 1 for u in borrow or [0] * tasks]
     if reserve is not None:

@@ -154,6 +154,7 @@ def test_the_default_folder_is_the_users_cache(folders, tmp_path, monkeypatch) -
         (content(entry(registers=1.5)), "film: registers is 1.5, not of type int or null"),
         (content(entry(rows=24)), "film: rows is 24, not a power of two"),
         (content(entry(rows=-4)), "film: rows is -4, out of range"),
+        (content(entry(rows=0)), "film: rows is 0, out of range"),
         (content(entry(rows=1 << 20)), "film: rows is 1048576, out of range"),
         (content(entry(num_warps=64)), "film: num_warps is 64, out of range"),
         (content(entry(num_warps=0)), "film: num_warps is 0, out of range"),

@@ -291,3 +291,14 @@ def test_numbers_that_do_not_fit_into_a_launch_run_elsewhere(backend):
         ops.select_uncertain(*call, reserve=reserve, backend="triton")
     ops.set_backend(None)
     assert ops.select_uncertain(*call, reserve=reserve)[0].numel() == 4
+
+
+def test_more_tasks_than_a_launch_could_tell_of():
+    """The score of the released code without neighbours or reserved places: nothing is packed."""
+    tasks, entropy = torch.tensor([3, 599, 3]), torch.tensor([0.5, 2.0, 0.25])
+    got, expected = (
+        ops.select_uncertain(entropy, tasks, 2, 600, score="reference", backend=on)
+        for on in (None, "reference")
+    )
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1])
