@@ -55,7 +55,7 @@ def heuristic(key: Key) -> AttentionBackwardConfig:
         return AttentionBackwardConfig(one_pass, 16, warps, 1, None, 64, 32, 8, 2, 32, 64, 8, 2, *band)
     stages = 1 if key.arch >= 100 else 2  # there they would unroll the loop around the products
     band = small if key.D > 64 else (64, 32, 8, stages)
-    m = 16 if S == 64 and key.D > 32 else min(S, 32)
+    m = 16 if S == 64 and (key.D > 32 or key.arch >= 100) else min(S, 32)
     dq_warps = 8 if stages == 1 or key.D > 64 else 4
     return AttentionBackwardConfig(
         one_pass, m, warps, 1, None, 64, 64, dq_warps, stages, 64, 64, 8, stages, *band
