@@ -74,15 +74,19 @@ def candidates(key: Key) -> list[AttentionBackwardConfig]:
                 for stages in (1, 2)
             ]
     if S > 64:
-        for m, n in ((32, 64), (64, 32), (64, 64), (128, 64)):
+        tiles = [(m, n, warps) for m, n in ((32, 64), (64, 32), (64, 64)) for warps in (4, 8)]
+        for m, n, warps in [*tiles, (128, 64, 8)]:
             found += [
                 replace(
                     base, one_pass=False, dq_m=m, dq_n=n, dq_warps=warps, dq_stages=stages,
                     dkv_m=n, dkv_n=m, dkv_warps=warps, dkv_stages=stages,
-                    band_m=m, band_n=n, band_warps=warps, band_stages=stages,
                 )
-                for warps in (4, 8) for stages in (1, 2)
+                for stages in (1, 2)
             ]  # fmt: skip
+        found += [
+            replace(base, one_pass=False, band_m=m, band_n=n, band_warps=8, band_stages=stages)
+            for m, n, stages in ((32, 64, 1), (32, 64, 2), (64, 32, 1), (64, 32, 2), (64, 64, 1))
+        ]
     return list(dict.fromkeys(found))
 
 

@@ -24,6 +24,8 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
+from triton.runtime.errors import OutOfResources
+
 from camtl import tuning
 from camtl.tuning import Launch, Shape, call, shapes
 
@@ -159,8 +161,11 @@ def test_candidates_compile(name: str, arch: int) -> None:
     for search in tuning.plan([name], shapes("quick"), ["bfloat16"], arch, ""):
         fit = 0
         for config in search.candidates():
-            with _config.override(name, config):
-                found = compiled(op, arch, [call(op, search.shape, BF16, batch=4)])
+            try:
+                with _config.override(name, config):
+                    found = compiled(op, arch, [call(op, search.shape, BF16, batch=4)])
+            except OutOfResources:
+                continue
             fit += all(k.shared <= SHARED[arch] and not k.resources["STACK"] for k in found)
         assert fit > 0, search
         assert fit >= len(search.candidates()) // 2, f"{search}: only {fit} candidates fit"
