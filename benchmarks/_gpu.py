@@ -70,10 +70,6 @@ class Cpu:
             found.append(time.perf_counter() - start)
         return found
 
-    def replayed(self, steps: Sequence[Step], budget: float, least: int = 16) -> list[float]:
-        """There are no graphs."""
-        raise NotImplementedError("graphs need a GPU")
-
     def host(self, step: Step, calls: int = 2) -> list[float]:
         """Seconds that the caller is busy with one call."""
         return self.times([step] * calls, 0.0)

@@ -159,8 +159,8 @@ def dot(a, b, c):
 def blocks_of(first, w, COUNT: tl.constexpr):
     """Of positions ``first + [0, COUNT)``, the first of each one's block of w.
 
-    A quotient in float32 takes a tenth of an integer division's time, and is exact: numerators are half an
-    odd number, below ``w + COUNT``, so that no quotient comes near a whole number.
+    A quotient in float32 takes fewer instructions than an integer division, and is exact: numerators are
+    half an odd number, below ``w + COUNT``, so that no quotient comes near a whole number.
     """
     before = (first // w) * w
     steps = (first - before) + tl.arange(0, COUNT)

@@ -96,7 +96,7 @@ def find(op: str, key: Key, kind: type[C], heuristic: Callable[[Key], C]) -> C:
     return _find(op, key, kind, heuristic, _ENVIRONMENT.get(_VARIABLE))
 
 
-# Where nothing is set, os.environ.get raises and catches: twice the time of everything else on this path.
+# Where nothing is set, os.environ.get raises and catches an exception: at every launch.
 if hasattr(os.environ, "_data") and hasattr(os.environ, "encodekey"):
     _ENVIRONMENT: Mapping[Any, Any] = os.environ._data
     _VARIABLE: Any = os.environ.encodekey("CAMTL_CONFIG_DIR")

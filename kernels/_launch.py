@@ -27,7 +27,7 @@ _DTYPES = {
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up. (Triton's own take microseconds, which a launch does not have.)"""
+    """a / b rounded up. (Triton's own serve kernels too, and do more for it.)"""
     return -(-a // b)
 
 

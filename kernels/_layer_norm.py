@@ -5,15 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from camtl.kernels._common import cast, kept, random_fours, random_of
+from camtl.kernels._common import cast, kept, quotient, random_fours, random_of
 
 
 @triton.jit
 def over(x, D: tl.constexpr, ACC: tl.constexpr):
     """``x / D``, correctly rounded: rows of one value have exactly that mean where the sum is exact."""
-    if tl.float32 == ACC:
-        return tl.div_rn(x, tl.full(x.shape, D, tl.float32))
-    return x / D
+    return quotient(x, tl.full(x.shape, D, ACC))
 
 
 @triton.jit

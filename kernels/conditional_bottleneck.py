@@ -22,8 +22,8 @@ leaves alone. Backward the same steps, with gelu and the sums of down_bias's gra
 2 K more bytes, with gelu 8 K.
 
 Both: ``finish`` reads dy once for the residual's gradient, a dy with 0 in rows of no sequence, and the sums
-of up_bias's gradient; torch multiplies for the weights' gradients, from FiLM's output computed again. Sums
-are in fixed order. Which form is faster has not been measured; the heuristic goes by bytes.
+of up_bias's gradient; torch multiplies for the weights' gradients, from FiLM's output computed again. Our
+sums are in fixed order. Which form is faster has not been measured; the heuristic goes by bytes.
 """
 
 from __future__ import annotations

@@ -5,29 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from camtl._tensors import (
-    acc,
-    acc_dtype,
-    acc_or_none,
-    aligned,
-    attention_outputs,
-    ids,
-    on_device,
-    rows,
-    starts,
-)
+from camtl._tensors import acc, acc_dtype, acc_or_none, aligned, ids, on_device, rows, starts
 
-__all__ = [
-    "acc",
-    "acc_dtype",
-    "acc_or_none",
-    "aligned",
-    "attention_outputs",
-    "ids",
-    "on_device",
-    "rows",
-    "starts",
-]
+__all__ = ["acc", "acc_dtype", "acc_or_none", "aligned", "ids", "on_device", "rows", "starts"]
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from camtl._tensors import attention_outputs
 from camtl.native import _tensors as t
 from camtl.native import extension
 
@@ -96,7 +97,7 @@ def forward(q: Tensor, k: Tensor | None, v: Tensor | None, **rest: Any) -> tuple
     assert extension is not None
     parts = _parts(q, k, v)
     shape = _shape(parts[0], **rest)
-    out, lse = t.attention_outputs(q, k, rest["cu_seqlens"])
+    out, lse = attention_outputs(q, k, rest["cu_seqlens"])
     extension.cpu.conditional_attention_forward(
         shape.values, *map(_strided, parts), out.data_ptr(), lse.data_ptr()
     )
