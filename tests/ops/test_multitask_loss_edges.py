@@ -1,4 +1,4 @@
-"""``multitask_loss``: many heads and classes, odd and wrong labels, some of the gradients, what a launch holds."""
+"""``multitask_loss``: many heads and classes, odd and wrong labels, some gradients, what a launch holds."""
 
 from __future__ import annotations
 
