@@ -19,6 +19,7 @@ COMMANDS = {
     "tasks": ("camtl.cli.tasks", "list the built-in tasks, show one, check a task's data files"),
     "convert": ("camtl.cli.convert", "read and write checkpoints of the code released with the paper"),
     "tune": ("camtl.cli.tune", "search the fastest block sizes of the Triton kernels on this GPU"),
+    "bench": ("camtl.cli.bench", "time the ops and the model against their rivals on this machine"),
     "info": ("camtl.cli.info", "versions, devices and which backend can run which op"),
 }
 
