@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-interpreter test-slow test-gpu bench bench-gpu lint format typecheck build build-gpu clean
+.PHONY: help setup demo test test-interpreter test-slow test-gpu bench bench-gpu readme-tables lint format typecheck build build-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,7 +69,7 @@ test-slow: $(NATIVE) ## run the tests that take longer
 
 # The targets for a GPU run in an environment that is there, and put nothing into it but this folder.
 INSTALL = CAMTL_BUILD_CUDA=$(if $(CAMTL_CUDA_ARCHS),1,auto) $(PYTHON) -m pip install --no-deps --no-build-isolation -e .
-INSTALLED = $(PYTHON) -c 'import camtl._native, camtl.kernels' 2>/dev/null || $(INSTALL)
+INSTALLED = $(PYTHON) -c 'import camtl._native, camtl.kernels, camtl.benchmarks' 2>/dev/null || $(INSTALL)
 WATCH = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
 
 test-gpu: ## run the GPU tests in an existing environment (PYTHON=python3); SANITIZE=1: small ones, watched
@@ -82,14 +82,17 @@ else
 	$(WATCH) racecheck $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/ops/test_gpu.py -k test_small_shapes
 endif
 
-bench: $(NATIVE) ## time the ops against eager, compiled and SDPA (see benchmarks/)
-	$(BIN)/python -m pytest benchmarks/ops
-
 SECTION ?= all
 SHAPES  ?= quick
-bench-gpu: ## check and time all ops and a training step on a GPU (PYTHON=python3, SECTION=ops|model, SHAPES=paper)
+bench: $(NATIVE) ## time ops and models on this CPU against their rivals, in under 6 minutes (SECTION=ops|model)
+	$(BIN)/camtl bench $(SECTION) --device cpu --shapes $(SHAPES) --seconds 330
+
+bench-gpu: ## the same on a GPU, in under 9 minutes (PYTHON=python3, SECTION=ops|model, SHAPES=paper)
 	@$(INSTALLED)
-	$(PYTHON) -m benchmarks.gpu --section $(SECTION) --shapes $(SHAPES)
+	$(PYTHON) -m camtl bench $(SECTION) --device cuda --shapes $(SHAPES) --seconds 480
+
+readme-tables: $(NATIVE) ## write the tables and pictures of the newest records into README and benchmarks/NOTES.md
+	$(BIN)/python -m camtl.benchmarks.tables
 
 build-gpu: ## build the kernels for the GPU of an existing environment (PYTHON=python3), without network
 	$(INSTALL)

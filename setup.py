@@ -238,9 +238,13 @@ BUILD_NATIVE = setting("CAMTL_BUILD_NATIVE", ("0", "1"), "1") == "1"
 BUILD_CUDA = setting("CAMTL_BUILD_CUDA", ("0", "1", "auto"), "auto")
 
 setup(
-    # the Triton kernels are camtl.kernels, from a folder of their own
-    packages=[*find_packages(include=["camtl", "camtl.*"]), "camtl.kernels"],
-    package_dir={"camtl.kernels": "kernels"},
+    # the Triton kernels and the benchmarks' cases are parts of camtl, from folders of their own
+    packages=[
+        *find_packages(include=["camtl", "camtl.*"], exclude=["camtl.kernels", "camtl.benchmarks*"]),
+        "camtl.kernels",
+        *(f"camtl.{name}" for name in find_packages(include=["benchmarks", "benchmarks.*"])),
+    ],
+    package_dir={"camtl.kernels": "kernels", "camtl.benchmarks": "benchmarks"},
     ext_modules=[Extension("camtl._native", sources=[])] if BUILD_NATIVE else [],
     cmdclass={"build_ext": NativeBuild},
 )

@@ -1,1 +1,1 @@
-"""One file per op: ``python -m pytest benchmarks/ops``; ``python -m benchmarks.ops.table`` shows a record."""
+"""Cases of the ops, one file for each; ``bench_ops.py`` runs them under pytest-benchmark."""

@@ -32,18 +32,17 @@ LEVELS = {
     "reports": 7,
     "export": 7,
     "tuning": 7,
+    "bench": 8,
     "info": 8,
-    "cli": 8,
-    "__main__": 9,
+    "cli": 9,
+    "__main__": 10,
 }
 # Third-party packages that a part must not import when it is imported itself (inside functions they may).
-HEAVY = {
-    "native": {"transformers", "datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
-    "ops": {"transformers", "datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
-    "nn": {"transformers", "datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
-    "models": {"datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"},
-}
+_WITHOUT = {"datasets", "pydantic", "seqeval", "triton", "accelerate", "sklearn", "scipy"}
+HEAVY = {part: _WITHOUT | {"transformers"} for part in ("native", "ops", "nn", "bench", "benchmarks")}
+HEAVY["models"] = _WITHOUT
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in LEVELS)
+CASE_SOURCES = sorted((ROOT / "benchmarks").rglob("*.py"))  # installed as camtl.benchmarks
 KERNEL_SOURCES = sorted((ROOT / "kernels").rglob("*.py"))  # installed as camtl.kernels
 NATIVE_SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
@@ -51,7 +50,7 @@ NATIVE_SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_f
 def is_module(name: str) -> bool:
     """Whether a dotted name is a file or a package of the checkout."""
     parts = name.split(".")
-    path = ROOT.joinpath(*(parts[1:] if parts[:2] == ["camtl", "kernels"] else parts))
+    path = ROOT.joinpath(*(parts[1:] if parts[1:2] in (["kernels"], ["benchmarks"]) else parts))
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
@@ -175,7 +174,9 @@ def test_ops_are_functions_also_after_their_module_was_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", SOURCES + KERNEL_SOURCES + NATIVE_SOURCES, ids=lambda path: str(path.relative_to(ROOT))
+    "path",
+    SOURCES + KERNEL_SOURCES + CASE_SOURCES + NATIVE_SOURCES,
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_files_can_be_read_in_one_go(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450

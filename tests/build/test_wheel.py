@@ -19,6 +19,7 @@ PARTS = [
     "camtl",
     "csrc",
     "kernels",
+    "benchmarks",
     "setup.py",
     "CMakeLists.txt",
     "MANIFEST.in",
@@ -115,6 +116,8 @@ def check_package(wheel: zipfile.ZipFile) -> None:
     assert "camtl/py.typed" in names
     assert any(name.startswith("camtl/ops/") for name in names)
     assert {"camtl/kernels/__init__.py", "camtl/kernels/film.py"} <= names
+    assert {"camtl/benchmarks/__init__.py", "camtl/benchmarks/ops/film.py"} <= names
+    assert "camtl/bench/report/template.html" in names
     assert all(name.startswith(("camtl/", "camtl-")) for name in names)
     packaged = {
         path.relative_to(ROOT).as_posix()

@@ -1,0 +1,1 @@
+"""Others who do the same work: PyTorch as the released code writes it, SDPA, FlexAttention, libraries."""
