@@ -242,6 +242,8 @@ setup(
     packages=[
         *find_packages(include=["camtl", "camtl.*"], exclude=["camtl.kernels", "camtl.benchmarks*"]),
         "camtl.kernels",
+        "camtl.kernels.configs",
+        "camtl.tasks.builtin",
         *(f"camtl.{name}" for name in find_packages(include=["benchmarks", "benchmarks.*"])),
     ],
     package_dir={"camtl.kernels": "kernels", "camtl.benchmarks": "benchmarks"},

@@ -104,7 +104,8 @@ def ratio(op: str, *baseline: str, part: str = "both", ours: Sequence[str] = (),
     def samples(records: Sequence[Record]) -> Iterator[Sample]:
         for row in _rows(records, op, **rows):
             line = _best(row, part, ours)
-            found = {n: r for n, r in line.ratios.items() if _named(n, baseline)} if line else {}
+            ratios = line.ratios | line.beside if line else {}
+            found = {n: r for n, r in ratios.items() if _named(n, baseline)}
             if line and found:
                 name = min(found, key=lambda n: found[n])
                 yield Sample(found[name], _where(line, f"against {name}"))

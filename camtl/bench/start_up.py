@@ -17,6 +17,7 @@ _IMPORT = """
 import time, torch
 start = time.perf_counter()
 import camtl
+from camtl import ops
 print(time.perf_counter() - start)
 """
 # Forward and backward, as a first training step calls them; the library's own start (its context, its
@@ -61,7 +62,7 @@ def start_up(device: str) -> dict[str, Any]:
         device: ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        Seconds: ``import_s``, ``import camtl`` after ``import torch``; ``first_call_cold_s`` and
+        Seconds: ``import_s``, ``import camtl`` and its ops after ``import torch``; ``first_call_cold_s`` and
         ``first_call_warm_s``, the first forward and backward of an op, of three the slowest, without and with
         compiled kernels in Triton's cache. ``first_call_op``: that op, cold. ``no_tuning``: 1 where none of
         these calls tuned anything, else 0. What cannot be measured is missing, and ``why`` says so.

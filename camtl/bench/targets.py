@@ -116,7 +116,7 @@ def _start_up(device: str) -> list[Target]:
     import_s, cold, warm = (start_up(n) for n in ("import_s", "first_call_cold_s", "first_call_warm_s"))
     untuned = start_up("no_tuning", least=True)
     return [
-        Target("start-up", device, "import camtl on top of torch", None, "s", import_s, 0.15),
+        Target("start-up", device, "import camtl and its ops on top of torch", None, "s", import_s, 0.15),
         Target("start-up", device, "first call of an op, cold", None, "s", cold, 5.0),
         Target("start-up", device, "first call of an op, warm cache", None, "s", warm, 0.3),
         Target("start-up", device, "no tuning unless asked for", 1.0, "yes", untuned),

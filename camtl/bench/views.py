@@ -34,14 +34,19 @@ class Line:
     @property
     def ratios(self) -> dict[str, float]:
         """Time of each baseline that does the same over ours, without other contenders of ours."""
+        return {name: r for name, r in self._ratios().items() if aspect(name) == aspect(self.name)}
+
+    @property
+    def beside(self) -> dict[str, float]:
+        """The same of baselines that do something else: less, such as a plain step, or a part of it."""
+        return {name: r for name, r in self._ratios().items() if aspect(name) != aspect(self.name)}
+
+    def _ratios(self) -> dict[str, float]:
         part = self.row["passes"][self.part]
-        found = (part.get("ratio") or {}).get(self.name) or {}
         return {
             name: float(value)
-            for name, value in found.items()
-            if value
-            and (part["contenders"].get(name) or {}).get("kind") != "ours"
-            and aspect(name) == aspect(self.name)
+            for name, value in ((part.get("ratio") or {}).get(self.name) or {}).items()
+            if value and (part["contenders"].get(name) or {}).get("kind") != "ours"
         }
 
     @property
@@ -144,8 +149,13 @@ def main_pass(row: Row) -> str | None:
 
 
 def aspect(name: str) -> str:
-    """The part of a step that a contender does, where that is not all of it: "triton, selection"."""
-    return "selection" if name.endswith(", selection") else ""
+    """What a contender does instead of the case's whole work: ``selection``, ``plain step``, ..., or "".
+
+    "triton, selection" chooses and does not train, a "plain step padded" trains and does not choose.
+    """
+    if name.endswith(", selection"):
+        return "selection"
+    return next((part for part in ("plain step", "forward passes") if name.startswith(part)), "")
 
 
 def lines(row: Row, part: str, only: str = "") -> list[Line]:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from camtl.bench import views
-from camtl.bench.report import charts, render, sentences, tables, write_html
+from camtl.bench.report import charts, markdown_table, render, sentences, tables, write_html
+from camtl.bench.targets import MET, TARGETS, Judgement
 from camtl.errors import UsageError
 
-from .records import HOSTILE, broken, failed_row, op_row, op_rows, record
+from .records import HOSTILE, broken, failed_row, model_row, op_row, op_rows, record
 
 
 def machine(*records: dict[str, Any]) -> views.Machine:
@@ -112,9 +113,7 @@ def test_a_headline_in_words() -> None:
         part = row["passes"]["both"]
         part |= {"ratio": {"cpu": {"compile": compiled, "eager": eager}}, "share": {"cpu": share}}
     (found,) = sentences.headlines(machine(record(device="cpu", rows=rows)))
-    assert (
-        str(found) == "film: 2.4x eager in the median of 3 cases, 1.30x compile; 61% of the copy bandwidth."
-    )
+    assert str(found) == "film: 2.4x eager, 1.30x compile (medians of 3 cases); 61% of the copy bandwidth."
 
 
 def test_an_op_without_baselines() -> None:
@@ -143,6 +142,26 @@ def test_slower_names_the_worst() -> None:
     assert found.startswith(
         "In 1 row some baseline is faster than ours. At worst compile takes 50% of our time"
     )
+
+
+def test_who_does_less_is_no_faster_baseline() -> None:
+    step = {"plain step padded": 0.4, "forward passes": 0.2, "eager padded": 1.5}
+    row = model_row("uncertainty step", "base, 8 x 128 full, T 8", "cpu", step, 50.0, 1024, 8)
+    found = machine(record("model", "cpu", rows=[row]))
+    assert sentences.slower(found) == "No baseline is faster than ours in any row."
+    (headline,) = sentences.headlines(found)
+    assert headline.ratios == {"eager padded": 1.5}
+    assert "; plain step padded 0.40; forward passes 0.20" in "; " + markdown_table(found.records[0])
+    assert ">0.40×<" in render(found.records)
+
+
+def test_large_numbers_have_no_decimals() -> None:
+    target = next(t for t in TARGETS if t.unit == "x")
+    assert sentences.value(Judgement(target, 2949.33, MET)) == "2,949x"
+    assert sentences.value(Judgement(target, 1.357, MET)) == "1.36x"
+    target = next(t for t in TARGETS if t.unit == "s")
+    assert sentences.value(Judgement(target, 0.0123, MET)) == "12.3 ms"
+    assert sentences.value(Judgement(target, 4.5, MET)) == "4.50 s"
 
 
 def test_noise_and_the_unfinished() -> None:

@@ -185,8 +185,10 @@ def test_a_part_of_a_step_is_no_contender() -> None:
     found = of([row], "uncertainty step", "forward passes", "cpu")
     assert (found.verdict, found.value) == (MISSED, 0.8)
     (whole,), (part,) = views.lines(row, "step"), views.lines(row, "step", "selection")
-    assert whole.ratios == {"forward passes": 0.4}
+    assert whole.ratios == {}
+    assert whole.beside == {"eager, selection": 1.0, "forward passes": 0.4}
     assert part.ratios == {"eager, selection": 2.0}
+    assert part.beside == {"forward passes": 0.8}
 
 
 def test_candidates_over_the_batch() -> None:
@@ -304,7 +306,7 @@ def test_the_cases_can_measure_every_target(device: str) -> None:
             rows.append(row | {"passes": passes})
     unknown = {j.target.text for j in judge([record("all", device, rows=rows)]) if j.verdict == UNKNOWN}
     start_up = {  # no case measures it, but the runner does
-        "import camtl on top of torch",
+        "import camtl and its ops on top of torch",
         "first call of an op, cold",
         "first call of an op, warm cache",
         "no tuning unless asked for",

@@ -115,7 +115,7 @@ def speedups(machine: Machine) -> Chart:
             panels.append(Panel(op, bars=sorted(bars, key=lambda bar: -bar.value)))
     return Chart(
         "speedup",
-        "Speed-up",
+        "How many times faster than each baseline",
         "Time of each baseline over ours: right of the line we are faster. The bar ends at the median case; "
         "the dots are the cases.",
         panels,

@@ -95,7 +95,8 @@ def draw(chart: Chart, below: str) -> bytes:
             _bars(axes, panel, chart, max(len(one.bars) for one in lines[number // columns]))
         else:
             _lines(axes, panel, chart)
-    figure.suptitle(chart.title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    title = f"{chart.title}: bars are medians, dots are cases" if chart.key == "speedup" else chart.title
+    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     figure.supxlabel(below, fontsize=7.5, color=GREY, x=0.01, ha="left")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
@@ -130,7 +131,7 @@ def _bars(axes: Any, panel: Panel, chart: Chart, rows: int) -> None:
         return
     everything = [bar for one in chart.panels for bar in one.bars]
     _log(
-        axes, "x", min([0.8, *(b.low for b in everything)]), max([2.0, *(b.high for b in everything)]) * 1.05
+        axes, "x", min([0.8, *(b.low for b in everything)]), max([2.0, *(b.high for b in everything)]) * 1.15
     )
 
 

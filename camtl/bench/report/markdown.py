@@ -77,11 +77,17 @@ def _line(row: Row, part: str, every_pass: bool, width: int) -> str:
         return _joined(cells + [""] * (width - len(cells)))
     line = found[0]
     cells += [line.name, significant(line.ms)]
-    cells += [f"{line.ratios[name]:.2f}" if name in line.ratios else "" for name in COMMON]
-    cells.append("; ".join(f"{n} {r:.2f}" for n, r in line.ratios.items() if n not in COMMON))
+    cells += [decimals(line.ratios[name]) if name in line.ratios else "" for name in COMMON]
+    others = {n: r for n, r in line.ratios.items() if n not in COMMON} | line.beside
+    cells.append("; ".join(f"{n} {decimals(r)}" for n, r in others.items()))
     cells.append(f"{significant(line.floor)} ({line.bound})" if line.floor else "")
     cells.append(f"{line.share:.0%}" if line.share is not None else "")
     return _joined(cells)
+
+
+def decimals(value: float) -> str:
+    """2.41, 2,972."""
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.2f}"
 
 
 def _joined(cells: Sequence[str]) -> str:

@@ -30,17 +30,10 @@ class Headline:
     @property
     def text(self) -> str:
         """Without the op's name and the full stop."""
-        parts = []
-        for number, (name, value) in enumerate(self.ratios.items()):
-            parts.append(
-                f"{times(value)} {name}"
-                + (f" in the median of {plural(self.cases, 'case')}" if not number else "")
-            )
-        text = (
-            ", ".join(parts)
-            if parts
-            else f"timed in {plural(self.cases, 'case')}, with no baseline beside it"
-        )
+        cases = "1 case" if self.cases == 1 else f"medians of {self.cases} cases"
+        text = f"timed in {plural(self.cases, 'case')}, with no baseline beside it"
+        if self.ratios:
+            text = ", ".join(f"{times(value)} {name}" for name, value in self.ratios.items()) + f" ({cases})"
         if self.share is not None and self.bound:
             text += f"; {self.share:.0%} of the {BOUNDS.get(self.bound, self.bound)}"
         return text
@@ -175,6 +168,10 @@ def _in_unit(number: float, unit: str) -> str:
         return f"{number:.0%}" if number >= 0.1 else f"{number:.1%}"
     if unit == "yes":
         return "yes" if number >= 1 else "no"
-    return {"x": f"{number:.2f}x", "us": f"{number:.1f} µs", "s": f"{number:.2f} s"}.get(
-        unit, f"{number:.3g} {unit}"
-    )
+    if unit == "s" and number < 0.1:
+        return f"{1e3 * number:.1f} ms"
+    return {
+        "x": f"{number:,.0f}x" if number >= 99.5 else f"{number:.2f}x",
+        "us": f"{number:.1f} µs",
+        "s": f"{number:.2f} s",
+    }.get(unit, f"{number:.3g} {unit}")

@@ -85,7 +85,7 @@ def _baselines(rows: Sequence[Row]) -> list[str]:
         for name, contender in (part.get("contenders") or {}).items()
         if contender.get("kind") != "ours"
     }
-    return list(names)
+    return sorted(names, key=lambda name: bool(views.aspect(name)))  # who does less stands last
 
 
 def _number(name: str, row: Row, part: str) -> bool:
@@ -175,7 +175,9 @@ def _ours(line: Line, names: Sequence[str], contenders: Mapping[str, Any]) -> li
         found.append(cell(meter(share), share, "n"))
     for name in names:
         contender = contenders.get(name)
-        if name in ratios:
+        if name in line.beside:  # it does something else: no colour says who is better
+            found.append(cell(ratio_text(line.beside[name]), line.beside[name], "n"))
+        elif name in ratios:
             value = ratios[name]
             kind = "even" if abs(value - 1) <= EVEN else "faster" if value > 1 else "slower"
             strength = min(1.0, abs(value - 1) / 2 if value > 1 else 2 * (1 / value - 1))
