@@ -61,14 +61,12 @@ def finish(row: Row, ceilings: Mapping[str, float], samples: Mapping[str, Sample
         ceilings: of the record.
         samples: per pass, times that were measured in turns: the median of neighbours' ratios is theirs.
     """
+    floors(row, ceilings)
     for name, part in row["passes"].items():
-        _floor(part, row["dtype"], ceilings)
         for ours, entry in part["contenders"].items():
             mine = best_ms(entry)
             if entry["kind"] != "ours" or mine is None:
                 continue
-            if part["floor_ms"]:
-                part["share"][ours] = part["floor_ms"] / mine
             part["ratio"][ours] = {
                 other: ratio(part["contenders"], ours, other, samples.get(name, {}))
                 for other, theirs in part["contenders"].items()
@@ -78,15 +76,21 @@ def finish(row: Row, ceilings: Mapping[str, float], samples: Mapping[str, Sample
         row["status"], row["why"] = _status(row)
 
 
-def _floor(part: dict[str, Any], dtype: str, ceilings: Mapping[str, float]) -> None:
-    """The time that bytes and products take at least, where they are declared and a ceiling is known."""
-    floors = {}
-    for kind, ceiling in (("bytes", "copy_bytes_per_s"), ("flops", f"matmul_flops_per_s_{dtype}")):
-        if part[kind] and ceilings.get(ceiling):
-            floors[kind] = 1e3 * part[kind] / ceilings[ceiling]
-    if floors:
-        part["bound"] = max(floors, key=lambda kind: floors[kind])
-        part["floor_ms"] = floors[part["bound"]]
+def floors(row: Row, ceilings: Mapping[str, float]) -> None:
+    """The time that bytes and products take at least, where they are declared and a ceiling is known, and
+    how much of our times it is.
+    """
+    for part in row["passes"].values():
+        found = {}
+        for kind, ceiling in (("bytes", "copy_bytes_per_s"), ("flops", f"matmul_flops_per_s_{row['dtype']}")):
+            if part[kind] and ceilings.get(ceiling):
+                found[kind] = 1e3 * part[kind] / ceilings[ceiling]
+        if found:
+            part["bound"] = max(found, key=lambda kind: found[kind])
+            part["floor_ms"] = found[part["bound"]]
+            for name, entry in part["contenders"].items():
+                if entry["kind"] == "ours" and (mine := best_ms(entry)) is not None:
+                    part["share"][name] = part["floor_ms"] / mine
 
 
 def ratio(contenders: Mapping[str, Mapping[str, Any]], ours: str, other: str, samples: Samples) -> float:

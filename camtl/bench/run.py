@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from camtl.bench._row import Row, finish, mark, new_row, noise
+from camtl.bench._row import Row, finish, floors, mark, new_row, noise
 from camtl.bench.case import Case, Contender, Inputs, Step
 from camtl.bench.clock import (
     Clock,
@@ -32,7 +32,7 @@ from camtl.bench.start_up import start_up
 
 # Seconds: on a CPU for all rounds of a pass, on a GPU for each measurement.
 BUDGETS = {
-    "cpu": {"smoke": 0.0, "quick": 0.8, "paper": 2.0, "full": 2.0},
+    "cpu": {"smoke": 0.0, "quick": 1.4, "paper": 2.0, "full": 2.0},
     "cuda": {"smoke": 0.0, "quick": 0.12, "paper": 0.3, "full": 0.3},
 }
 AGAIN = ", again"  # behind the name of a contender that is timed twice, to see what noise there is
@@ -117,6 +117,7 @@ class Runner:
         self.deadline, self.start = Deadline(seconds), time.monotonic()
         self.number, self.total, self.id = 0, 0, ""
         self.samples: dict[str, dict[str, list[float]]] = {}
+        self.ceilings: dict[str, list[float]] = {}
         self.ratios: list[float] = []  # of contenders to themselves
         self.seen: set[str] = set()  # ops that have such a ratio
 
@@ -126,9 +127,7 @@ class Runner:
         self.record.save()  # whether it can be written is better known now
         why = "stopped by an error"
         try:
-            if not content["ceilings"]:
-                self._say("what this machine can do")
-                content["ceilings"] = self.clock.ceilings(self.smoke)
+            self._ceilings()
             if self.total > 1 and not (self.smoke or content["start_up"]):
                 self._say("how long a start takes")
                 content["start_up"] = start_up(self.clock.device)
@@ -136,6 +135,8 @@ class Runner:
                 if self.deadline.left <= 0:
                     why = f"no time left for {self.total - self.number} of {self.total} rows"
                     break
+                if self.clock.device == "cpu" and self.number:
+                    self._ceilings()
                 self._case(case)
             else:
                 cut = sum(row["status"] == "interrupted" for row in content["rows"])
@@ -144,11 +145,20 @@ class Runner:
             why = "stopped by hand"
             raise
         finally:
+            for row in content["rows"]:
+                floors(row, content["ceilings"])  # as they are now
             content["finished"], content["why"] = not why, why
             content["seconds"] = round(time.monotonic() - self.start, 1)
             content["noise"] = noise(self.ratios)
             self.record.save()
         return self.record
+
+    def _ceilings(self) -> None:
+        """What this machine can do: medians over the run, for a busy machine's speed comes and goes."""
+        self._say("what this machine can do")
+        for name, value in self.clock.ceilings(self.smoke).items():
+            self.ceilings.setdefault(name, []).append(value)
+            self.record.content["ceilings"][name] = statistics.median(self.ceilings[name])
 
     def _say(self, doing: str, share: float = 0.0, row: Row | None = None) -> None:
         """Tell how far it is: ``share`` of the current row."""

@@ -321,6 +321,20 @@ def test_run_is_a_function_also_after_its_module_was_imported():
     assert callable(camtl.bench.run)
 
 
+def test_the_median_of_what_the_machine_showed_is_its_ceiling():
+    clock, speeds = clock_for("cpu"), iter([2e9, 64e9, 8e9])
+    clock.ceilings = lambda smoke=False: {"copy_bytes_per_s": next(speeds)}
+    record = Record.create("ops", "smoke", "cpu")
+    content = Runner(record, clock).run([toys.case(name=name) for name in "abc"]).content
+    assert content["ceilings"] == {"copy_bytes_per_s": 8e9}
+    for row in content["rows"]:  # the first one too, which was measured before
+        part = row["passes"]["forward"]
+        assert part["floor_ms"] == pytest.approx(1e3 * 3 * 128 / 8e9)
+        assert part["share"]["cpu"] == pytest.approx(
+            part["floor_ms"] / part["contenders"]["cpu"]["ms"]["p50"]
+        )
+
+
 class Pretended(CudaClock):
     """A GPU's clock without a GPU: what the runner makes of its numbers."""
 
