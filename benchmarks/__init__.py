@@ -70,7 +70,7 @@ def cases(
     for name in names(section) if ops is None else ops:
         _one_of(names(section), name, "op" if section == "ops" else "step")
         if section == "ops":
-            kind = importlib.import_module(f"camtl.benchmarks.ops.{name}").CASE
+            kind = importlib.import_module(f"camtl.benchmarks.ops.bench_{name}").CASE
             sizes = importlib.import_module("camtl.benchmarks.shapes").op_sizes(name, device, shapes, dtype)
             found += [kind(size, device, shapes == "smoke").case() for size in sizes]
         else:

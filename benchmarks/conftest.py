@@ -23,11 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each contender of each case of the module's ``SECTION``."""
+    """One test for each contender of each case: of the module's op, or of its ``SECTION``."""
     if "contender" not in metafunc.fixturenames:
         return
-    options = metafunc.config.option
-    found = cases(metafunc.module.SECTION, options.device, None, options.shapes)
+    options, module = metafunc.config.option, metafunc.module
+    ops = [module.CASE.op] if hasattr(module, "CASE") else None
+    found = cases("ops" if ops else module.SECTION, options.device, None, options.shapes, ops)
     pairs = [(case, contender) for case in found for contender in case.contenders()]
     names = [f"{case.id.partition('/')[2]}/{contender.name}" for case, contender in pairs]
     metafunc.parametrize(("case", "contender"), pairs, ids=names)

@@ -1,1 +1,1 @@
-"""Cases of the ops, one file for each; ``bench_ops.py`` runs them under pytest-benchmark."""
+"""Cases of the ops, one file for each, which pytest-benchmark runs as well."""

@@ -15,7 +15,10 @@ from camtl import benchmarks, ops
 from camtl.benchmarks import _contenders, shapes
 from camtl.benchmarks.baselines import fla, flex, liger, released, sdpa
 from camtl.benchmarks.model import _setup
-from camtl.benchmarks.ops import conditional_attention, conditional_bottleneck, conditional_layer_norm, film
+from camtl.benchmarks.ops import bench_conditional_attention as conditional_attention
+from camtl.benchmarks.ops import bench_conditional_bottleneck as conditional_bottleneck
+from camtl.benchmarks.ops import bench_conditional_layer_norm as conditional_layer_norm
+from camtl.benchmarks.ops import bench_film as film
 from camtl.ops import reference
 
 SIZES = [

@@ -116,7 +116,7 @@ def check_package(wheel: zipfile.ZipFile) -> None:
     assert "camtl/py.typed" in names
     assert any(name.startswith("camtl/ops/") for name in names)
     assert {"camtl/kernels/__init__.py", "camtl/kernels/film.py"} <= names
-    assert {"camtl/benchmarks/__init__.py", "camtl/benchmarks/ops/film.py"} <= names
+    assert {"camtl/benchmarks/__init__.py", "camtl/benchmarks/ops/bench_film.py"} <= names
     assert "camtl/bench/report/template.html" in names
     assert all(name.startswith(("camtl/", "camtl-")) for name in names)
     packaged = {

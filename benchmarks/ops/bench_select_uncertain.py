@@ -52,3 +52,8 @@ class SelectUncertainCase(OpCase):
 
 
 CASE = SelectUncertainCase
+
+
+def test_select_uncertain(case, contender, measured):
+    """One contender of one case, under pytest-benchmark."""
+    measured(case, contender)

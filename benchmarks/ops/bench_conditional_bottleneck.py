@@ -118,3 +118,8 @@ class ConditionalBottleneckCase(OpCase):
 
 
 CASE = ConditionalBottleneckCase
+
+
+def test_conditional_bottleneck(case, contender, measured):
+    """One contender of one case, under pytest-benchmark."""
+    measured(case, contender)

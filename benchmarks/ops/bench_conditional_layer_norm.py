@@ -75,3 +75,8 @@ class ConditionalLayerNormCase(OpCase):
 
 
 CASE = ConditionalLayerNormCase
+
+
+def test_conditional_layer_norm(case, contender, measured):
+    """One contender of one case, under pytest-benchmark."""
+    measured(case, contender)

@@ -72,3 +72,8 @@ class ConditionalAttentionCase(OpCase):
 
 
 CASE = ConditionalAttentionCase
+
+
+def test_conditional_attention(case, contender, measured):
+    """One contender of one case, under pytest-benchmark."""
+    measured(case, contender)

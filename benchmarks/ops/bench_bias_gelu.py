@@ -47,3 +47,8 @@ class BiasGeluCase(OpCase):
 
 
 CASE = BiasGeluCase
+
+
+def test_bias_gelu(case, contender, measured):
+    """One contender of one case, under pytest-benchmark."""
+    measured(case, contender)

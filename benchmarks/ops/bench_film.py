@@ -49,3 +49,8 @@ class FilmCase(OpCase):
 
 
 CASE = FilmCase
+
+
+def test_film(case, contender, measured):
+    """One contender of one case, under pytest-benchmark."""
+    measured(case, contender)
