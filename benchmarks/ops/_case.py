@@ -7,6 +7,7 @@ class makes nothing before the runner asks for it.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Rival:
     absent: str = ""
 
 
-class OpCase:
+class OpCase(ABC):
     """One op on one shape. Subclasses say what it is.
 
     Attributes:
@@ -75,21 +76,21 @@ class OpCase:
         """The row's name."""
         return named(self.size)
 
+    @abstractmethod
     def make(self) -> list[Tensor]:
         """The inputs; see :meth:`leaf`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def call(self, on: str, *inputs: Tensor) -> Any:
         """The op on a backend."""
-        raise NotImplementedError
 
     def rivals(self, b: Batch) -> list[Rival]:
         """Who else does it, beside ``reference`` and its compiled form; b is the batch, on some device."""
         return []
 
+    @abstractmethod
     def work(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Bytes and flops, each of (forward, forward and backward)."""
-        raise NotImplementedError
 
     # -- what they use
 
