@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +36,11 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         self.sizes = [columns.rows for columns in self._columns]
         self.offsets = [0, *np.cumsum(self.sizes).tolist()][:-1]
         self._ends = np.cumsum(self.sizes)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, int64 [rows]."""
+        return np.concatenate([np.diff(columns.starts) for columns in self._columns])
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -90,30 +95,56 @@ def _flat(table: Any, name: str, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 class MultiTaskCollator:
-    """Make a batch of rows, of any mixture of tasks: right-padded to the longest row.
+    """Make a batch of rows, of any mixture of tasks: right-padded to the longest row, or packed.
 
     Args:
         pad_token_id: the id that fills ``input_ids``.
-        pad_to_multiple_of: round the padded length up to a multiple of this.
+        pad_to_multiple_of: round the padded length up to a multiple of this; packed: the number of tokens.
+        packed: no padding; the rows one behind the other.
+        max_seqlen: of packed batches, what they say of their longest row; None: its length. A fixed number
+            keeps ``torch.compile`` from compiling once more for another longest row.
 
     Called with a list of features (``input_ids``, ``task_id``, optional ``token_type_ids`` and ``labels``),
-    returns int64 ``input_ids``, ``attention_mask``, ``token_type_ids`` of shape [B, S], int64 ``task_ids``
-    [B] and, if every row has one, float32 ``labels`` [B] (a class id or a number).
+    returns int64 ``task_ids`` [B], float32 ``labels`` [B] (a class id or a number) if every row has one, and
+
+    - padded: int64 ``input_ids``, ``attention_mask``, ``token_type_ids`` of shape [B, S];
+    - packed: int64 ``input_ids``, ``token_type_ids`` [N], int32 ``cu_seqlens`` [B+1] and the int
+      ``max_seqlen``. Tokens from ``cu_seqlens[B]`` on belong to no row.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
-        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+    def __init__(
+        self,
+        pad_token_id: int,
+        pad_to_multiple_of: int | Callable[[int], int] | None = None,
+        *,
+        packed: bool = False,
+        max_seqlen: int | None = None,
+    ) -> None:
+        if isinstance(pad_to_multiple_of, int) and pad_to_multiple_of < 1:
             raise UsageError(f"pad_to_multiple_of must be at least 1, given {pad_to_multiple_of}")
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.packed = packed
+        self.max_seqlen = max_seqlen
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pad and stack; at least one row."""
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Pad or pack, and stack; at least one row."""
         rows = [np.asarray(feature["input_ids"]) for feature in features]
-        longest = max(len(row) for row in rows)
-        if self.pad_to_multiple_of:
-            longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(rows), longest)
+        batch = self._packed(rows, features) if self.packed else self._padded(rows, features)
+        batch["task_ids"] = torch.tensor([int(feature["task_id"]) for feature in features])
+        labels = [feature.get("labels") for feature in features]
+        if all(label is not None for label in labels):
+            batch["labels"] = torch.tensor([float(label) for label in labels if label is not None])
+        return batch
+
+    def _rounded(self, size: int) -> int:
+        step = self.pad_to_multiple_of
+        if callable(step):
+            return step(size)
+        return -(-size // step) * step if step else size
+
+    def _padded(self, rows: list[np.ndarray], features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        shape = (len(rows), self._rounded(max(len(row) for row in rows)))
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros(shape, dtype=np.int64)
         token_type_ids = np.zeros(shape, dtype=np.int64)
@@ -123,13 +154,34 @@ class MultiTaskCollator:
             types = feature.get("token_type_ids")
             if types is not None:
                 token_type_ids[i, : len(row)] = types
-        batch = {
+        return {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
             "token_type_ids": torch.from_numpy(token_type_ids),
-            "task_ids": torch.tensor([int(feature["task_id"]) for feature in features], dtype=torch.int64),
         }
-        labels = [feature.get("labels") for feature in features]
-        if all(label is not None for label in labels):
-            batch["labels"] = torch.tensor([float(label) for label in labels if label is not None])
-        return batch
+
+    def _packed(self, rows: list[np.ndarray], features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        ends = np.cumsum([0, *map(len, rows)])
+        size = self._rounded(int(ends[-1]))
+        input_ids = np.full(size, self.pad_token_id, dtype=np.int64)
+        token_type_ids = np.zeros(size, dtype=np.int64)
+        for begin, row, feature in zip(ends[:-1], rows, features, strict=True):
+            input_ids[begin : begin + len(row)] = row
+            types = feature.get("token_type_ids")
+            if types is not None:
+                token_type_ids[begin : begin + len(row)] = types
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "token_type_ids": torch.from_numpy(token_type_ids),
+            "cu_seqlens": torch.from_numpy(ends.astype(np.int32)),
+            "max_seqlen": self.max_seqlen or max(len(row) for row in rows),
+        }
+
+
+def bucket(size: int) -> int:
+    """``size`` rounded up to one of eight sizes between two powers of two, at least a multiple of 64.
+
+    So that compiled code and captured graphs see few numbers of packed tokens, with at most an eighth wasted.
+    """
+    step = max(64, 2 ** (size.bit_length() - 1) // 8)
+    return -(-size // step) * step

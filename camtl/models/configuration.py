@@ -93,8 +93,10 @@ class CaMtlConfig(PreTrainedConfig):
       freeze along
     - ``freeze_conditional``: ``reference``, ``train``
 
-    ``packed``: ``"auto"`` (packed when ``cu_seqlens`` is given), ``True`` (padded batches are packed inside),
-    ``False``.
+    ``packed``: how padded batches run. ``"auto"``: right-padded ones on the CPU without their padding, others
+    as they are; ``True``: all without it, which makes a GPU's host wait once a call; ``False``: as they are.
+    What the padding's rows of hidden states hold differs: zeros without padding. Packed batches
+    (``cu_seqlens``) are packed whatever it says.
 
     Raises :class:`camtl.errors.UsageError` that names the field, the given value and the accepted
     ones.

@@ -268,10 +268,9 @@ class CaMtlModel(CaMtlPreTrainedModel):
             task_ids = torch.zeros(sequences, dtype=torch.int64, device=source.device)
 
         padded_form = None
-        if cu_seqlens is None and config.packed is True and not want_attentions:
-            padded_form = packing.pack(
-                source, attention_mask, token_type_ids, uses_table=config.attention_bias != "none"
-            )
+        if cu_seqlens is None and not want_attentions:
+            padded_form = self._without_padding(source, attention_mask, token_type_ids)
+        if padded_form is not None:
             source, token_type_ids, cu_seqlens, max_seqlen = padded_form.arguments()
             input_ids, inputs_embeds = (source, None) if input_ids is not None else (None, source)
             attention_mask = None
@@ -294,6 +293,16 @@ class CaMtlModel(CaMtlPreTrainedModel):
             states = None if states is None else tuple(padded_form.restore(state) for state in states)
         result = CaMtlModelOutput(output, pooled, states, attentions)
         return result if (config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def _without_padding(
+        self, source: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> packing.PackedBatch | None:
+        """A padded batch as packed rows, where ``config.packed`` wants that and it can be done."""
+        mode = self.config.packed
+        if mode is False or (mode == "auto" and not packing.worth_packing(source, attention_mask)):
+            return None
+        table = self.config.attention_bias != "none"
+        return packing.pack(source, attention_mask, token_type_ids, uses_table=table, required=mode is True)
 
     def _check_shapes(
         self,

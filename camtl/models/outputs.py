@@ -14,7 +14,8 @@ class CaMtlModelOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: ``[B, S, D]`` (packed: ``[N, D]``), the encoder's output; with ``bottleneck="all"``
-            that of the side path.
+            that of the side path. Rows of padding hold zeros where the batch ran without its padding, else
+            what the layers make of them.
         pooler_output: ``[B, D]``, ``tanh(W x + b)`` of each sequence's first token.
         hidden_states: n + 1 tensors shaped like ``last_hidden_state`` (after the alignment, then after each
             layer).

@@ -1,4 +1,4 @@
-"""Leaving padding out: a padded batch to packed rows, and back."""
+"""Leaving padding out: a padded batch to packed rows, and back; choosing sequences of packed rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from camtl.ops._checks import readable
+from camtl.ops.reference import sequence_of_row
 
 
 class PackedBatch(NamedTuple):
@@ -31,14 +34,25 @@ class PackedBatch(NamedTuple):
         return padded.view(batch, length, -1)
 
 
+def worth_packing(source: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether ``packed="auto"`` looks for padding: where a look costs nothing, at eager CPU tensors."""
+    return attention_mask is not None and source.device.type == "cpu" and readable(attention_mask)
+
+
 def pack(
-    source: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, *, uses_table: bool
-) -> PackedBatch:
+    source: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    *,
+    uses_table: bool,
+    required: bool = True,
+) -> PackedBatch | None:
     """Pack ``source`` ``[B, S]`` (or ``[B, S, D]``) by its mask, with one read of the host.
 
     Every row needs a real token. With ``uses_table`` the padding must be on the right, because the attention
     table is indexed by the position in the own sequence; without it the mask may have holes (the pooler then
-    reads the first real token). Raises ValueError otherwise.
+    reads the first real token). Otherwise raises ValueError or, where packing is not ``required``, returns
+    None; so it does where there is no padding.
     """
     batch, length = source.shape[:2]
     if attention_mask is None:
@@ -48,6 +62,8 @@ def pack(
     lengths = real.sum(1)
     gaps = (real != (torch.arange(length, device=source.device) < lengths[:, None])).sum()
     count, holes, empty = torch.stack([lengths.sum(), gaps, (lengths == 0).sum()]).tolist()
+    if not required and (empty or (uses_table and holes) or count == batch * length):
+        return None
     if empty:
         raise ValueError(f"packed=True needs a real token in every row, but {empty} of {batch} have none")
     if uses_table and holes:
@@ -61,3 +77,42 @@ def pack(
     types = None if token_type_ids is None else token_type_ids.flatten().index_select(0, rows)
     packed = source.flatten(0, 1).index_select(0, rows)
     return PackedBatch(packed, types, cu_seqlens, rows, rows % length, (batch, length))
+
+
+def select_sequences(
+    source: Tensor,
+    token_type_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    indices: Tensor,
+    *,
+    rows: int | None = None,
+    fill: int = 0,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Packed sequences ``indices`` ``[k]`` of packed rows, in that order.
+
+    Args:
+        source: ``[N]``, token ids.
+        token_type_ids: ``[N]`` or None.
+        cu_seqlens: int32 ``[B+1]``.
+        indices: int64 ``[k]``, each in [0, B).
+        rows: rows of the result, enough for the chosen sequences; those behind the last one belong to no
+            sequence and hold ``fill``. None: as many as they have, which is read from the device.
+        fill: a token id.
+
+    Returns:
+        ``(source [rows], token_type_ids [rows] or None, cu_seqlens [k+1])``.
+    """
+    begins = cu_seqlens[:-1].index_select(0, indices)
+    lengths = cu_seqlens[1:].index_select(0, indices) - begins
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    count = int(ends[-1]) if rows is None else rows
+    number = sequence_of_row(ends, count)
+    inside = number < indices.shape[0]
+    number = number.clamp(max=indices.shape[0] - 1)
+    place = torch.arange(count, device=source.device) - ends.index_select(0, number)
+    place = torch.where(inside, begins.index_select(0, number) + place, 0)
+    chosen = torch.where(inside, source.index_select(0, place), fill)
+    types = None
+    if token_type_ids is not None:
+        types = torch.where(inside, token_type_ids.index_select(0, place), 0)
+    return chosen, types, ends

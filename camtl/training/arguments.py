@@ -83,6 +83,13 @@ class CaMtlTrainingArguments(TrainingArguments):
         default=0.0,
         metadata={"help": "Smallest share of an uncertainty batch that every task gets (0 to 1 / tasks)."},
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a batch at most (with padding, where batches are padded); "
+            "per_device_train_batch_size then is the most rows it may have."
+        },
+    )
     label_scale: Literal["standard", "raw"] = field(
         default="standard",
         metadata={"help": "Regression labels: standardised by the training part, or as they are."},
@@ -126,6 +133,8 @@ class CaMtlTrainingArguments(TrainingArguments):
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_average"
         self._read_sampler_options()
+        if self.accelerator_config is None and self.dataloader_pin_memory and torch.cuda.is_available():
+            self.accelerator_config = {"non_blocking": True}  # copies to a GPU beside its work
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # bfloat16 autocast works on the CPU too, but the parent wants to be told
         try:
@@ -176,6 +185,11 @@ class CaMtlTrainingArguments(TrainingArguments):
                     f"out (installed: {', '.join(installed) or 'none'})"
                 )
 
+    @property
+    def groups_by_length(self) -> bool:
+        """Whether rows change places among some batches so that their lengths suit."""
+        return bool(getattr(self, "train_sampling_strategy", "random") == "group_by_length")
+
     def _check_choices(self) -> None:
         for name, accepted in (
             ("score", ("paper", "reference")),
@@ -185,12 +199,23 @@ class CaMtlTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value not in accepted:
                 raise UsageError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        if strategy not in ("random", "group_by_length"):
+            raise UsageError(
+                f"train_sampling_strategy is {str(strategy)!r}; accepted: random (as the sampler has it), "
+                "group_by_length"
+            )
         places = self.regression_places
         if places != "reserve" and (not places.startswith(BORROW_PREFIX) or places == BORROW_PREFIX):
             raise UsageError(f"regression_places is {places!r}; accepted: reserve, borrow:TASK")
 
     def _check_numbers(self) -> None:
-        for name in ("candidates_per_task", "score_batch_size", "early_stopping_patience"):
+        for name in (
+            "candidates_per_task",
+            "score_batch_size",
+            "early_stopping_patience",
+            "max_tokens_per_batch",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")

@@ -20,7 +20,7 @@ from camtl._io import read_json, write_json
 from camtl._version import __version__
 from camtl.models.configuration import SWITCHES
 from camtl.tasks import Task
-from camtl.training import resume
+from camtl.training import loader, resume
 from camtl.training.arguments import SELECTION_SETTINGS, CaMtlTrainingArguments
 from camtl.training.callbacks import saved_patience
 from camtl.training.meter import TrainingMeter
@@ -63,6 +63,10 @@ class CheckpointingTrainer(Trainer):
         """Optimizer steps of an epoch."""
         batches = math.ceil(len(self.train_sampler) / self.args.world_size)
         return math.ceil(batches / self.args.gradient_accumulation_steps)
+
+    @property
+    def _batches_by_length(self) -> bool:
+        return self.args.max_tokens_per_batch is not None or self.args.groups_by_length
 
     def _sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
         if self.args.world_size == 1:
@@ -107,6 +111,9 @@ class CheckpointingTrainer(Trainer):
             "batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "world_size": args.world_size,
+            "max_tokens_per_batch": args.max_tokens_per_batch,
+            "grouped": args.groups_by_length,
+            **({"packed": loader.packs(self.model, args.device)} if self._batches_by_length else {}),
             "epoch": [args.epoch_mode, args.percent_of_max_data_size, args.uniform_mt_sampling],
             "seed": self.data_seed,
             **{name: getattr(config, name) for name in (*_SIZES, *SWITCHES)},

@@ -18,6 +18,7 @@ from camtl.tasks.metrics import average, result_name
 from camtl.training.loader import (
     BatchCollator,
     check_tasks,
+    collator,
     label_scaling,
     labels_of,
     make_loader,
@@ -208,7 +209,8 @@ def _loader(trainer: CaMtlTrainer, part: EvaluationPart) -> tuple[Any, list[list
     order = np.argsort(-lengths, kind="stable").tolist()
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     batches = batches[args.process_index :: args.world_size]
-    collate = BatchCollator(trainer.pad_token_id, [list(trainer.tasks).index(part.task.name)])
+    tokens = collator(trainer.model, args, trainer.pad_token_id)
+    collate = BatchCollator(tokens, [list(trainer.tasks).index(part.task.name)])
     return make_loader(
         MultiTaskDataset({part.task.name: part.dataset}), batches, collate, args, seed=0
     ), batches

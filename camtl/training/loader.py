@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from camtl.data import MultiTaskCollator, is_tokenised, tokenize
+from camtl.data.collating import bucket
 from camtl.data.tokenizing import TOKENISED_COLUMNS
 from camtl.errors import UsageError
+from camtl.ops import backend_report
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -130,18 +131,52 @@ class BatchCollator:
     """:class:`~camtl.data.MultiTaskCollator` with the model's task ids instead of the data set's.
 
     Args:
-        pad_token_id: fills ``input_ids``.
+        collate: makes batches.
         task_ids: the model's id of each task of the data set, whose items count tasks from 0.
+        tells_lengths: add ``lengths``, the rows' tokens as Python ints, for who chooses among packed rows.
     """
 
-    def __init__(self, pad_token_id: int, task_ids: Sequence[int]) -> None:
-        self.collate = MultiTaskCollator(pad_token_id)
+    def __init__(
+        self, collate: MultiTaskCollator, task_ids: Sequence[int], *, tells_lengths: bool = False
+    ) -> None:
+        self.collate = collate
         self.task_ids = torch.tensor(list(task_ids), dtype=torch.int64)
+        self.tells_lengths = tells_lengths
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:  # noqa: D102 - as its class says
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # noqa: D102 - as its class says
         batch = self.collate(features)
         batch["task_ids"] = self.task_ids[batch["task_ids"]]
+        if self.tells_lengths:
+            batch["lengths"] = tuple(len(feature["input_ids"]) for feature in features)
         return batch
+
+
+def packs(model: Any, device: torch.device) -> bool:
+    """Whether batches for ``model`` leave the collator packed.
+
+    As ``config.packed`` says; ``"auto"``: where kernels take packed rows as they are, on the CPU and on GPUs
+    with Triton or CUDA kernels. (``reference`` pads them again, and waits for the GPU to do so.)
+    """
+    mode = getattr(model.config, "packed", False)
+    if mode != "auto":
+        return mode is True
+    kernels = ("cpu",) if device.type == "cpu" else ("triton", "cuda") if device.type == "cuda" else ()
+    return device.type == "cpu" or any(
+        row["available"] and row["op"] == "conditional_attention" and row["backend"] in kernels
+        for row in backend_report()
+    )
+
+
+def collator(model: Any, args: TrainingArguments, pad_token_id: int) -> MultiTaskCollator:
+    """What makes a run's batches, of training and evaluation alike; see :func:`packs`."""
+    packed = packs(model, args.device)
+    compiled = packed and args.torch_compile  # few numbers of rows, and one longest row
+    return MultiTaskCollator(
+        pad_token_id,
+        bucket if compiled else None,
+        packed=packed,
+        max_seqlen=int(model.config.max_seq_length) if compiled else None,
+    )
 
 
 class GlobalBatches(Sampler[list[int]]):
@@ -165,7 +200,7 @@ class GlobalBatches(Sampler[list[int]]):
 def make_loader(
     dataset: TorchDataset[Any],
     batches: Any,
-    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]],
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
     args: TrainingArguments,
     seed: int,
 ) -> DataLoader[Any]:

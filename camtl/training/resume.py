@@ -48,7 +48,12 @@ _TITLES = {
     "candidates_per_task": "candidates per task",
     "epoch": "epoch length",
     "seed": "seed",
+    "max_tokens_per_batch": "tokens of a batch",
+    "grouped": "grouping by length",
+    "packed": "packed batches",
 }
+#: What a run did by settings that its checkpoint is too old to name.
+_BEFORE = {"grouped": False}
 
 
 def find_resume_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -312,7 +317,7 @@ def check_agreement(checkpoint: str, saved: Mapping[str, Any], current: Mapping[
     differing = [
         f"{_TITLES.get(key, key)}: the checkpoint has {_show(saved.get(key))}, this run has {_show(value)}"
         for key, value in current.items()
-        if saved.get(key) != value
+        if saved.get(key, _BEFORE.get(key)) != value
     ]
     if differing:
         raise UsageError(

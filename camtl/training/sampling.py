@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camtl.data import MultiTaskBatchSampler, get_sampler, make_sampler
+from camtl.data import MultiTaskBatchSampler, MultiTaskDataset, get_sampler, make_sampler
+from camtl.data.batching import LengthAwareBatches
 from camtl.data.samplers import CHUNK
 from camtl.errors import UsageError
 from camtl.training.arguments import UNCERTAINTY_ONLY, CaMtlTrainingArguments, field_default
@@ -24,12 +25,16 @@ def sampler_name(sampler: str | type | Callable[..., Any]) -> str:
 
 def build_sampler(
     sampler: str | type | Callable[..., Any],
-    sizes: Sequence[int],
+    dataset: MultiTaskDataset,
     batch_size: int,
     seed: int,
     args: CaMtlTrainingArguments,
-) -> MultiTaskBatchSampler:
-    """The sampler of a run, over ``sizes`` rows of each task; bad options raise :class:`UsageError`."""
+    packed: bool = False,
+) -> MultiTaskBatchSampler | LengthAwareBatches:
+    """The sampler of a run over a data set, in batches that suit the rows' lengths where ``args`` say so.
+
+    ``packed`` says what the batches will be. Bad options raise :class:`UsageError`.
+    """
     options: dict[str, Any] = dict(args.sampler_options or {})  # type: ignore[arg-type]
     make: Any = get_sampler(sampler)
     if getattr(make, "selects", False):
@@ -44,7 +49,7 @@ def build_sampler(
     try:
         built = make_sampler(
             sampler,
-            sizes,
+            dataset.sizes,
             batch_size,
             seed,
             epoch=args.epoch_mode,
@@ -54,11 +59,20 @@ def build_sampler(
         )
     except TypeError as error:
         raise UsageError(f"sampler {sampler_name(sampler)}: {error}") from error
+    batches: MultiTaskBatchSampler | LengthAwareBatches = built
+    if args.max_tokens_per_batch is not None or args.groups_by_length:
+        batches = LengthAwareBatches(
+            built,
+            dataset.lengths,
+            packed=packed,
+            grouped=args.groups_by_length,
+            max_tokens=args.max_tokens_per_batch,
+        )
     epochs = args.num_train_epochs
     if args.max_steps > 0:
-        epochs = args.max_steps * args.gradient_accumulation_steps * args.world_size / len(built)
+        epochs = args.max_steps * args.gradient_accumulation_steps * args.world_size / len(batches)
     built.num_epochs = max(1, math.ceil(epochs))
-    return built
+    return batches
 
 
 class LossObserver:

@@ -153,8 +153,9 @@ class CaMtlTrainer(CheckpointingTrainer):
         """The loader of mixed batches; of candidates, if the sampler leaves the choice to the trainer."""
         info = self.model.config.task_info
         names = [entry["name"] for entry in info]
+        self.packed = loader.packs(self.model, self.args.device)
         sampler = build_sampler(
-            self.sampler, self.train_dataset.sizes, self._train_batch_size, self.data_seed, self.args
+            self.sampler, self.train_dataset, self._train_batch_size, self.data_seed, self.args, self.packed
         )
         self.train_sampler = sampler
         self._selector = None
@@ -165,7 +166,8 @@ class CaMtlTrainer(CheckpointingTrainer):
         ids = [names.index(name) for name in self.train_tasks]
         self._observer = LossObserver(sampler, self.args, self.accelerator, ids) if sampler.observes else None
         self.meter = TrainingMeter(names, self.args.device, sampler.selects)
-        collate = loader.BatchCollator(self.pad_token_id, ids)
+        tokens = loader.collator(self.model, self.args, self.pad_token_id)
+        collate = loader.BatchCollator(tokens, ids, tells_lengths=self.packed and sampler.selects)
         batches = loader.GlobalBatches(sampler)
         return self.accelerator.prepare(
             loader.make_loader(self.train_dataset, batches, collate, self.args, self.data_seed)

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from camtl.data.collating import bucket
 from camtl.errors import UsageError
+from camtl.models.packing import select_sequences
 from camtl.ops import select_uncertain
 from camtl.training.arguments import BORROW_PREFIX, CaMtlTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors; of packed batches also host integers
 _PADDED = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
@@ -84,22 +86,26 @@ class UncertaintySelector:
         )
 
     @torch.no_grad()
-    def entropy(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def entropy(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The normalised entropy of every candidate by the model as it is now, [M]; 0 for tasks without one.
 
         The model is left in the mode it was scored in. No gradient is recorded.
         """
         model.train(self.score_dropout)
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "lengths")}
         rows = batch["task_ids"].shape[0]
         chunk = self.score_batch_size or rows
+        if chunk >= rows:
+            entropy: Tensor = model(**inputs)["entropy"]
+            return entropy
         parts = []
         for start in range(0, rows, chunk):
-            part = {key: value[start : start + chunk] for key, value in inputs.items()}
-            if chunk < rows:
-                part = trim_padding(part)
+            if "cu_seqlens" in batch:
+                part = packed_part(inputs, batch["lengths"], start, start + chunk)
+            else:
+                part = trim_padding({key: value[start : start + chunk] for key, value in inputs.items()})
             parts.append(model(**part)["entropy"])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
 
     def choose(self, entropy: Tensor, task_ids: Tensor) -> Tensor:
         """Positions of the rows to train on, [k], the highest score first."""
@@ -109,14 +115,37 @@ class UncertaintySelector:
         )
         return indices
 
-    def select(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Batch:
+    def select(self, model: nn.Module, batch: Mapping[str, Any]) -> Batch:
         """Score ``batch`` and return its chosen rows. No host synchronisation on a CUDA device."""
         return select_rows(batch, self.choose(self.entropy(model, batch), batch["task_ids"]))
 
 
-def select_rows(batch: Mapping[str, Tensor], indices: Tensor) -> Batch:
-    """Rows ``indices`` of every tensor of a padded batch, in that order; see :func:`trim_padding`."""
-    return trim_padding({key: value.index_select(0, indices) for key, value in batch.items()})
+def select_rows(batch: Mapping[str, Any], indices: Tensor) -> Batch:
+    """Rows ``indices`` ``[k]`` of every tensor of a batch, in that order.
+
+    Padded: see :func:`trim_padding`. Packed: on the CPU as many tokens as they have; on another device as
+    many as the k longest rows have, which the host knows (``lengths``): those too many belong to no row.
+    """
+    if "cu_seqlens" not in batch:
+        return trim_padding({key: value.index_select(0, indices) for key, value in batch.items()})
+    chosen = {key: batch[key].index_select(0, indices) for key in ("task_ids", "labels") if key in batch}
+    source, cu_seqlens = batch["input_ids"], batch["cu_seqlens"]
+    on_host = source.device.type == "cpu"
+    room = None if on_host else bucket(sum(sorted(batch["lengths"])[-indices.shape[0] :]))
+    ids, types, ends = select_sequences(source, batch.get("token_type_ids"), cu_seqlens, indices, rows=room)
+    longest = int((ends[1:] - ends[:-1]).max()) if on_host else batch["max_seqlen"]
+    chosen |= {"input_ids": ids, "cu_seqlens": ends, "max_seqlen": longest}
+    return chosen if types is None else chosen | {"token_type_ids": types}
+
+
+def packed_part(batch: Mapping[str, Any], lengths: Sequence[int], start: int, stop: int) -> Batch:
+    """Rows ``start`` to ``stop`` of a packed batch whose rows have ``lengths`` tokens."""
+    begin, end = sum(lengths[:start]), sum(lengths[:stop])
+    part = {"task_ids": batch["task_ids"][start:stop], "max_seqlen": max(lengths[start:stop])}
+    for name in ("input_ids", "token_type_ids"):
+        if name in batch:
+            part[name] = batch[name][begin:end]
+    return part | {"cu_seqlens": batch["cu_seqlens"][start : stop + 1] - begin}
 
 
 def trim_padding(batch: Batch) -> Batch:

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 
 from camtl.data import MultiTaskCollator, MultiTaskDataset
+from camtl.data.collating import bucket
 from camtl.errors import UsageError
 
 
@@ -97,3 +98,34 @@ def test_with_a_torch_loader():
     data = MultiTaskDataset({"a": A, "b": B})
     loader = torch.utils.data.DataLoader(data, batch_sampler=[[0, 2], [4]], collate_fn=MultiTaskCollator(0))
     assert [batch["task_ids"].tolist() for batch in loader] == [[0, 1], [1]]
+
+
+@pytest.mark.parametrize("step", [None, 8, bucket], ids=["exact", "multiple", "bucket"])
+def test_packed_batches_hold_the_padded_ones_tokens(step):
+    data = MultiTaskDataset({"a": A, "b": B})
+    rows = [data[i] for i in (2, 1, 4)]
+    padded = MultiTaskCollator(99)(rows)
+    packed = MultiTaskCollator(99, step, packed=True)(rows)
+    assert packed.keys() == {"input_ids", "token_type_ids", "cu_seqlens", "max_seqlen", "task_ids", "labels"}
+    real = padded["attention_mask"].bool()
+    tokens = int(real.sum())
+    assert packed["cu_seqlens"].dtype == torch.int32
+    assert packed["cu_seqlens"].tolist() == [0, *real.sum(1).cumsum(0).tolist()]
+    assert packed["max_seqlen"] == real.shape[1]
+    for name in ("input_ids", "token_type_ids"):
+        assert packed[name].dtype == torch.int64
+        assert torch.equal(packed[name][:tokens], padded[name][real])
+    size = {None: tokens, 8: -(-tokens // 8) * 8, bucket: 64}[step]
+    assert packed["input_ids"][tokens:].tolist() == [99] * (size - tokens)
+    assert packed["token_type_ids"].shape == (size,)
+    assert torch.equal(packed["task_ids"], padded["task_ids"])
+    assert torch.equal(packed["labels"], padded["labels"])
+    assert MultiTaskCollator(99, packed=True, max_seqlen=64)(rows)["max_seqlen"] == 64
+
+
+def test_buckets_are_few_and_waste_little():
+    sizes = [bucket(n) for n in range(1, 20_000)]
+    assert all(b >= n for n, b in enumerate(sizes, 1))
+    assert all(b <= max(64, 1.125 * n + 64) for n, b in enumerate(sizes, 1))
+    assert len(set(sizes)) < 70
+    assert {b % 64 for b in sizes} == {0}

@@ -40,7 +40,7 @@ def test_a_mixed_batch_is_its_single_task_batches(make_model, make_batch, preset
     "switches", [{}, {"alignment": "matrix", "attention_film": "entry"}, {"attention_bias": "none"}]
 )
 def test_packed_equals_padded(make_model, make_batch, preset, switches):
-    model = make_model(preset=preset, **switches).double()
+    model = make_model(preset=preset, packed=False, **switches).double()
     batch = make_batch()
     padded = model(**batch)
     padded.loss.backward()
@@ -69,7 +69,7 @@ def test_packed_rows_behind_the_last_sequence_change_nothing(make_model, make_ba
 
 @pytest.mark.parametrize("switches", [{}, {"bottleneck": "all"}, {"attention_bias": "none"}])
 def test_packing_inside(make_model, make_batch, switches):
-    model = make_model(**switches).double()
+    model = make_model(packed=False, **switches).double()
     batch = make_batch()
     padded = model(**batch, output_hidden_states=True)
     model.config.packed = True
@@ -83,7 +83,7 @@ def test_packing_inside(make_model, make_batch, switches):
     mask = batch["attention_mask"].bool()
     if "attention_bias" in switches:  # no table: the positions come along, so holes do not matter
         packed = model(**batch, output_hidden_states=True)
-        model.config.packed = "auto"
+        model.config.packed = False
         padded = model(**batch, output_hidden_states=True)
         torch.testing.assert_close(packed.loss, padded.loss)
         torch.testing.assert_close(packed.hidden_states[-1][mask], padded.hidden_states[-1][mask])

@@ -67,9 +67,8 @@ def _conditions(model, ids):
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("output", ["path", "residual"])
 def test_top_bottleneck(make_model, make_batch, output, activation):
-    model = make_model(
-        preset="ca-mtl-base", bottleneck_output=output, bottleneck_activation=activation
-    ).double()
+    fields = {"bottleneck_output": output, "bottleneck_activation": activation, "packed": False}
+    model = make_model(preset="ca-mtl-base", **fields).double()
     top = model.bert.encoder.layer[-1]
     sublayers = _taps(model, top.attention.output, top.output, top)
     batch = make_batch()
@@ -90,7 +89,7 @@ def test_top_bottleneck(make_model, make_batch, output, activation):
 
 @pytest.mark.parametrize("output", ["path", "residual"])
 def test_bottlenecks_in_all_layers(make_model, make_batch, output):
-    model = make_model(preset="ca-mtl-large", bottleneck_output=output).double()
+    model = make_model(preset="ca-mtl-large", bottleneck_output=output, packed=False).double()
     batch = make_batch()
     labels = batch.pop("labels")
     out = model.bert(**batch, output_hidden_states=True)
@@ -105,7 +104,7 @@ def test_bottlenecks_in_all_layers(make_model, make_batch, output):
 
 @pytest.mark.parametrize("kind", ["film", "matrix", "none"])
 def test_alignment(make_model, make_batch, kind):
-    model = make_model(alignment=kind).double()
+    model = make_model(alignment=kind, packed=False).double()
     batch = make_batch()
     embedded = _taps(model, model.bert.embeddings)[0]
     out = model(**batch, output_hidden_states=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -199,7 +200,7 @@ def losses() -> type:
                 return loss
 
             def compute_loss(model: Any, inputs: Any, **kwargs: Any) -> Any:
-                self.inputs.append({key: value.clone() for key, value in inputs.items()})
+                self.inputs.append({key: copy.deepcopy(value) for key, value in inputs.items()})
                 return compute(model, inputs, **kwargs)
 
             trainer.training_step = training_step  # type: ignore[method-assign]

@@ -97,8 +97,8 @@ def test_epoch_has_all_rows_over_batch_size_steps(make_trainer):
     assert uncertain.train().global_step == math.ceil(math.ceil(81 / 6) / 3)
 
 
-def test_every_epoch_is_a_new_pass_over_all_rows(make_trainer, losses):
-    trainer = make_trainer(max_steps=-1, num_train_epochs=2)
+def test_every_epoch_is_a_new_pass_over_all_rows(make_trainer, make_model, losses):
+    trainer = make_trainer(model=make_model(packed=False), max_steps=-1, num_train_epochs=2)
     recorder = losses(trainer)
     trainer.train()
     rows = [

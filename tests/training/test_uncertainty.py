@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from camtl.training import UncertaintySelector
-from camtl.training.uncertainty import select_rows, trim_padding
+from camtl.training.uncertainty import packed_part, select_rows, trim_padding
 
 B, T = 6, 3
 
@@ -24,12 +25,12 @@ class Spy:
         step, compute = trainer.training_step, trainer.compute_loss
 
         def training_step(model: Any, inputs: Any, *args: Any) -> torch.Tensor:
-            self.candidates.append({k: v.clone() for k, v in inputs.items()})
+            self.candidates.append({k: copy.deepcopy(v) for k, v in inputs.items()})
             self.weights.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
             return step(model, inputs, *args)
 
         def compute_loss(model: Any, inputs: Any, **kwargs: Any) -> Any:
-            self.selected.append({k: v.clone() for k, v in inputs.items()})
+            self.selected.append({k: copy.deepcopy(v) for k, v in inputs.items()})
             assert model.training
             return compute(model, inputs, **kwargs)
 
@@ -41,7 +42,7 @@ def entropies(model: Any, batch: dict[str, torch.Tensor]) -> list[float]:
     """-sum p ln p / (ln C + 1e-5) from logits, in plain Python; 0 for the regression task."""
     model.eval()
     with torch.no_grad():
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.double()
+        logits = model(**{k: v for k, v in batch.items() if k not in ("labels", "lengths")}).logits.double()
     values = []
     for row, task in zip(logits, batch["task_ids"].tolist(), strict=True):
         classes = model.config.task_info[task]["num_labels"]
@@ -66,6 +67,16 @@ def same_rows(
 ) -> None:
     assert torch.equal(selected["task_ids"], candidates["task_ids"][rows])
     assert torch.equal(selected["labels"], candidates["labels"][rows])
+    if "cu_seqlens" in selected:
+        for name in ("input_ids", "token_type_ids"):
+            pieces, all_pieces = (
+                torch.tensor_split(b[name], b["cu_seqlens"][1:-1].long()) for b in (selected, candidates)
+            )
+            for piece, row in zip(pieces, rows, strict=True):
+                assert torch.equal(piece, all_pieces[row])
+        assert selected["max_seqlen"] == max(len(piece) for piece in pieces)
+        assert "lengths" not in selected
+        return
     width = selected["input_ids"].shape[1]
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         assert torch.equal(selected[name], candidates[name][rows][:, :width])
@@ -73,11 +84,17 @@ def same_rows(
     assert selected["attention_mask"][:, -1].any()
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("score", ["paper", "reference"])
 @pytest.mark.parametrize("places", ["reserve", "borrow:relation"])
-def test_selects_what_a_computation_by_hand_selects(make_trainer, make_model, score, places):
+def test_selects_what_a_computation_by_hand_selects(make_trainer, make_model, score, places, packed):
     trainer = make_trainer(
-        sampler="uncertainty", score=score, regression_places=places, max_steps=4, learning_rate=0.05
+        model=make_model(packed=packed),
+        sampler="uncertainty",
+        score=score,
+        regression_places=places,
+        max_steps=4,
+        learning_rate=0.05,
     )
     spy = Spy(trainer)
     trainer.train()
@@ -125,10 +142,12 @@ def test_candidates_per_task_and_small_tasks(make_trainer, data):
     assert result.metrics["train_data_share"] == pytest.approx(B / 57)
 
 
-def test_scoring_in_chunks_selects_the_same(make_trainer):
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_scoring_in_chunks_selects_the_same(make_trainer, make_model, packed):
     runs = []
     for chunk in (None, 4):
-        trainer = make_trainer(sampler="uncertainty", score_batch_size=chunk, max_steps=1)
+        model = make_model(packed=packed)
+        trainer = make_trainer(model=model, sampler="uncertainty", score_batch_size=chunk, max_steps=1)
         spy = Spy(trainer)
         trainer.train()
         runs.append(spy.selected[0])
@@ -177,3 +196,43 @@ def test_trimming_keeps_every_real_token():
     rows = select_rows(batch, torch.tensor([2, 0]))
     assert rows["input_ids"].tolist() == [[10, 11], [0, 1]]
     assert rows["task_ids"].tolist() == [2, 0]
+
+
+def packed_batch() -> dict[str, Any]:
+    return {
+        "input_ids": torch.arange(10, 20),
+        "token_type_ids": torch.arange(10) % 2,
+        "cu_seqlens": torch.tensor([0, 4, 5, 5, 10], dtype=torch.int32),
+        "max_seqlen": 5,
+        "task_ids": torch.tensor([0, 1, 2, 0]),
+        "labels": torch.tensor([0.0, 1.0, 2.0, 3.0]),
+        "lengths": (4, 1, 0, 5),
+    }
+
+
+def test_rows_of_a_packed_batch():
+    rows = select_rows(packed_batch(), torch.tensor([1, 0]))
+    assert rows["input_ids"].tolist() == [14, 10, 11, 12, 13]
+    assert rows["cu_seqlens"].tolist() == [0, 1, 5]
+    assert rows["max_seqlen"] == 4
+    assert rows["task_ids"].tolist() == [1, 0]
+    assert rows["labels"].tolist() == [1.0, 0.0]
+    part = packed_part(packed_batch(), packed_batch()["lengths"], 1, 4)
+    assert part["input_ids"].tolist() == [14, 15, 16, 17, 18, 19]
+    assert part["cu_seqlens"].tolist() == [0, 1, 1, 6]
+    assert (part["max_seqlen"], part["task_ids"].tolist()) == (5, [1, 2, 0])
+
+
+def test_a_step_with_selection_asks_another_device_nothing(make_model):
+    """Meta tensors have no values: whatever reads one raises. Scoring, choice and training step."""
+    model = make_model(packed=True).to("meta")
+    selector = UncertaintySelector(model.config.task_info, batch_size=3, score_batch_size=3)
+    there = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in packed_batch().items()}
+    chosen = selector.select(model, there)
+    assert chosen["input_ids"].shape == (64,)  # the ten tokens of the three longest rows, and room
+    assert chosen["max_seqlen"] == 5
+    model.train()
+    model(**chosen).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises(RuntimeError, match="meta"):
+        int(chosen["cu_seqlens"][-1])  # as it would be seen
