@@ -40,8 +40,8 @@ class ModelArguments:
         "implementation of the ops; see camtl info (default: the fastest that runs)", metavar="NAME"
     )
     packed: str | None = _option(
-        "true: padding is taken out inside the model (faster on CPUs); false: never; auto: as input comes "
-        "(default: auto)",
+        "true: batches without padding; false: padded ones; auto: without, on CPUs and where a GPU has "
+        "kernels for it (default: auto)",
         choices=PACKED,
     )
 
@@ -130,6 +130,12 @@ COMMON_TRAINING: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("head_learning_rate", "LR", "of the task heads (default: learning_rate)"),
         ("per_device_train_batch_size", "N", "rows in a step (default: 32)"),
         ("per_device_eval_batch_size", "N", "rows in an evaluation batch (default: 64)"),
+        ("max_tokens_per_batch", "N", "tokens of a batch at most; then it may have fewer rows"),
+        (
+            "train_sampling_strategy",
+            "NAME",
+            "group_by_length: rows of similar length together, packed batches of even size (default: random)",
+        ),
         ("gradient_accumulation_steps", "N", "steps whose gradients make one update (default: 1)"),
         ("warmup_steps", "N", "warm-up steps; below 1 a share of all steps (default: 0.06)"),
         ("weight_decay", "W", "decoupled weight decay (default: 0.01)"),

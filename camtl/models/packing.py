@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from camtl.ops import backend_report
 from camtl.ops._checks import readable
 from camtl.ops.reference import sequence_of_row
 
@@ -37,6 +38,22 @@ class PackedBatch(NamedTuple):
 def worth_packing(source: Tensor, attention_mask: Tensor | None) -> bool:
     """Whether ``packed="auto"`` looks for padding: where a look costs nothing, at eager CPU tensors."""
     return attention_mask is not None and source.device.type == "cpu" and readable(attention_mask)
+
+
+def packs(config: Any, device: torch.device) -> bool:
+    """Whether batches for a model with this config are best made packed.
+
+    As ``config.packed`` says; ``"auto"``: where kernels take packed rows as they are, on the CPU and on GPUs
+    with Triton or CUDA kernels. (``reference`` pads them again, and waits for the GPU to do so.)
+    """
+    mode = getattr(config, "packed", False)
+    if mode != "auto":
+        return mode is True
+    kernels = ("cpu",) if device.type == "cpu" else ("triton", "cuda") if device.type == "cuda" else ()
+    return device.type == "cpu" or any(
+        row["available"] and row["op"] == "conditional_attention" and row["backend"] in kernels
+        for row in backend_report()
+    )
 
 
 def pack(

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from camtl.data import MultiTaskCollator
 from camtl.errors import UsageError
+from camtl.models.packing import packs
 
 Text = str | tuple[str, str] | list[str]
 
@@ -86,7 +88,7 @@ class PredictionMixin:
         task_id = self.config.task_index(name)
         if batch_size < 1:
             raise UsageError(f"batch_size: {batch_size!r} is not accepted; accepted: 1 or more")
-        tokenizer, device = self.tokenizer, self.device
+        tokenizer = self.tokenizer
         # of similar length together, so that little is padding; put back in order at the end
         order = sorted(range(len(entries)), key=lambda i: -sum(map(len, entries[i])))
         results: list[dict[str, Any]] = [{}] * len(entries)
@@ -96,11 +98,8 @@ class PredictionMixin:
         try:
             for start in range(0, len(order), batch_size):
                 chunk = order[start : start + batch_size]
-                encoded = self._encode([entries[i] for i in chunk], tokenizer)
-                task_ids = torch.full((len(chunk),), task_id, dtype=torch.int64, device=device)
-                logits = self(
-                    **{k: v.to(device) for k, v in encoded.items()}, task_ids=task_ids, return_dict=True
-                ).logits
+                batch = self._encode([entries[i] for i in chunk], tokenizer, task_id)
+                logits = self(**batch, return_dict=True).logits
                 for i, result in zip(chunk, self.decode_logits(logits, name), strict=True):
                     results[i] = result
         finally:
@@ -122,25 +121,20 @@ class PredictionMixin:
             f"texts: {text!r} is not accepted; accepted: a string or a pair of strings per entry"
         )
 
-    def _encode(self: Any, entries: list[tuple[str, ...]], tokenizer: Any) -> dict[str, torch.Tensor]:
-        """Tokenise singles and pairs (which may be mixed) and pad them to the longest of the chunk."""
-        rows = [
-            tokenizer(
-                *entry,
-                truncation="longest_first",
-                max_length=self.config.max_seq_length,
-                return_token_type_ids=True,
-            )
+    def _encode(self: Any, entries: list[tuple[str, ...]], tokenizer: Any, task_id: int) -> dict[str, Any]:
+        """Tokenise singles and pairs (which may be mixed) into one batch, packed where that is faster."""
+        features = [
+            {
+                **tokenizer(
+                    *entry,
+                    truncation="longest_first",
+                    max_length=self.config.max_seq_length,
+                    return_token_type_ids=True,
+                ),
+                "task_id": task_id,
+            }
             for entry in entries
         ]
-        length = max(len(row["input_ids"]) for row in rows)
-        pad = tokenizer.pad_token_id or 0
-
-        def stack(key: str, fill: int) -> torch.Tensor:
-            return torch.tensor([list(row[key]) + [fill] * (length - len(row[key])) for row in rows])
-
-        return {
-            "input_ids": stack("input_ids", pad),
-            "attention_mask": stack("attention_mask", 0),
-            "token_type_ids": stack("token_type_ids", 0),
-        }
+        packed = packs(self.config, self.device)
+        batch = MultiTaskCollator(tokenizer.pad_token_id or 0, packed=packed)(features)
+        return {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -113,7 +113,7 @@ class CheckpointingTrainer(Trainer):
             "world_size": args.world_size,
             "max_tokens_per_batch": args.max_tokens_per_batch,
             "grouped": args.groups_by_length,
-            **({"packed": loader.packs(self.model, args.device)} if self._batches_by_length else {}),
+            **({"packed": loader.packs(self.model.config, args.device)} if self._batches_by_length else {}),
             "epoch": [args.epoch_mode, args.percent_of_max_data_size, args.uniform_mt_sampling],
             "seed": self.data_seed,
             **{name: getattr(config, name) for name in (*_SIZES, *SWITCHES)},

@@ -15,7 +15,7 @@ from camtl.data import MultiTaskCollator, is_tokenised, tokenize
 from camtl.data.collating import bucket
 from camtl.data.tokenizing import TOKENISED_COLUMNS
 from camtl.errors import UsageError
-from camtl.ops import backend_report
+from camtl.models.packing import packs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -151,25 +151,9 @@ class BatchCollator:
         return batch
 
 
-def packs(model: Any, device: torch.device) -> bool:
-    """Whether batches for ``model`` leave the collator packed.
-
-    As ``config.packed`` says; ``"auto"``: where kernels take packed rows as they are, on the CPU and on GPUs
-    with Triton or CUDA kernels. (``reference`` pads them again, and waits for the GPU to do so.)
-    """
-    mode = getattr(model.config, "packed", False)
-    if mode != "auto":
-        return mode is True
-    kernels = ("cpu",) if device.type == "cpu" else ("triton", "cuda") if device.type == "cuda" else ()
-    return device.type == "cpu" or any(
-        row["available"] and row["op"] == "conditional_attention" and row["backend"] in kernels
-        for row in backend_report()
-    )
-
-
 def collator(model: Any, args: TrainingArguments, pad_token_id: int) -> MultiTaskCollator:
     """What makes a run's batches, of training and evaluation alike; see :func:`packs`."""
-    packed = packs(model, args.device)
+    packed = packs(model.config, args.device)
     compiled = packed and args.torch_compile  # few numbers of rows, and one longest row
     return MultiTaskCollator(
         pad_token_id,

@@ -153,7 +153,7 @@ class CaMtlTrainer(CheckpointingTrainer):
         """The loader of mixed batches; of candidates, if the sampler leaves the choice to the trainer."""
         info = self.model.config.task_info
         names = [entry["name"] for entry in info]
-        self.packed = loader.packs(self.model, self.args.device)
+        self.packed = loader.packs(self.model.config, self.args.device)
         sampler = build_sampler(
             self.sampler, self.train_dataset, self._train_batch_size, self.data_seed, self.args, self.packed
         )

@@ -10,6 +10,7 @@ import torch
 
 from camtl.data import MultiTaskCollator
 from camtl.errors import UsageError
+from camtl.models import packing
 from camtl.training import loader
 
 PACKAGE = Path(loader.__file__).resolve().parents[1]
@@ -84,8 +85,8 @@ def test_compiled(make_trainer, make_model, losses):
 )
 def test_when_batches_are_packed(monkeypatch, make_model, packed, kernels, device, wanted):
     row = {"op": "conditional_attention", "backend": "triton", "available": kernels, "reason": ""}
-    monkeypatch.setattr(loader, "backend_report", lambda: [row])
-    assert loader.packs(make_model(packed=packed), torch.device(device)) is wanted
+    monkeypatch.setattr(packing, "backend_report", lambda: [row])
+    assert packing.packs(make_model(packed=packed).config, torch.device(device)) is wanted
 
 
 def test_lengths_are_told_only_to_who_chooses():
