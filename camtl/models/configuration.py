@@ -68,11 +68,13 @@ def default_block_width(max_seq_length: int, hidden_size: int) -> int:
 class CaMtlConfig(PreTrainedConfig):
     """Configuration of :class:`CaMtlModel` and :class:`CaMtlForMultiTask`.
 
-    The encoder's fields are BERT's. ``preset`` (``ca-mtl``, ``ca-mtl-base`` or ``ca-mtl-large``) fills the
-    switches below; a switch given explicitly wins. ``tasks`` is an ordered list of task names, of dicts
-    (``name, type, num_labels, labels, loss, label_mean, label_std``; more keys are kept) or of objects with
-    ``to_config()``; the config stores the names in ``tasks`` and the dicts, in the same order, in
-    ``task_info``.
+    The encoder's fields are BERT's, whatever its ``family`` (``bert``, ``roberta``, ``xlm-roberta``,
+    ``electra``, ``distilbert``); ``embedding_size`` is ELECTRA's (None: ``hidden_size``).
+
+    ``preset`` (``ca-mtl``, ``ca-mtl-base`` or ``ca-mtl-large``) fills the switches below; a switch given
+    explicitly wins. ``tasks`` is an ordered list of task names, of dicts (``name, type, num_labels, labels,
+    loss, label_mean, label_std``; more keys are kept) or of objects with ``to_config()``; the config stores
+    the names in ``tasks`` and the dicts, in the same order, in ``task_info``.
 
     Switches (values of ``ca-mtl-base`` first):
 
@@ -121,6 +123,7 @@ class CaMtlConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         layer_norm_eps: float = 1e-12,
         pad_token_id: int | None = 0,
+        embedding_size: int | None = None,
         max_seq_length: int = 128,
         preset: str = "ca-mtl",
         tasks: str | Iterable[Any] = (),
@@ -165,6 +168,7 @@ class CaMtlConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
         self.pad_token_id = pad_token_id
+        self.embedding_size = embedding_size
         self.max_seq_length = max_seq_length
         self.packed = packed
         self.task_info = normalise_tasks(tasks, task_info)
@@ -172,6 +176,11 @@ class CaMtlConfig(PreTrainedConfig):
         position = kwargs.pop("position_embedding_type", "absolute")
         if position != "absolute":
             raise UsageError(f"position_embedding_type: {position!r} is not supported; accepted: 'absolute'")
+        for name in ("is_decoder", "add_cross_attention"):
+            if kwargs.pop(name, False):
+                raise UsageError(
+                    f"{name}: True is not supported; accepted: False (an encoder, not a decoder)"
+                )
         self.check()
         super().__init__(**kwargs)
 
@@ -232,11 +241,7 @@ class CaMtlConfig(PreTrainedConfig):
                 f"hidden_size: {self.hidden_size} is not a multiple of num_attention_heads "
                 f"({self.num_attention_heads})"
             )
-        if self.max_seq_length > self.max_position_embeddings:
-            raise UsageError(
-                f"max_seq_length: {self.max_seq_length} is more than the encoder's max_position_embeddings; "
-                f"accepted: 1..{self.max_position_embeddings}"
-            )
+        self._check_family()
         width = self.block_width
         if width is not None:
             if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= self.max_seq_length:
@@ -259,7 +264,7 @@ class CaMtlConfig(PreTrainedConfig):
         if not (self.packed == "auto" or isinstance(self.packed, bool)):
             raise UsageError(f"packed: {self.packed!r} is not accepted; accepted: 'auto', True, False")
         self._check_freeze()
-        self._check_family_and_activation()
+        self._check_activation()
 
     def _check_freeze(self) -> None:
         if self.freeze is None or self.freeze == "half":
@@ -272,13 +277,47 @@ class CaMtlConfig(PreTrainedConfig):
                 f"<= {last_layer}"
             )
 
-    def _check_family_and_activation(self) -> None:
-        from transformers.activations import ACT2FN
-
+    def _check_family(self) -> None:
+        """The family, and the fields whose range depends on it."""
         from camtl.models.families import FAMILIES
 
         if self.family not in FAMILIES:
             raise UsageError(f"family: {self.family!r} is not supported; accepted: {', '.join(FAMILIES)}")
+        family, pad, size = FAMILIES[self.family], self.pad_token_id, self.embedding_size
+        if family.counts_from_padding and (
+            isinstance(pad, bool)
+            or not isinstance(pad, int)
+            or not 0 <= pad < self.max_position_embeddings - 1
+        ):
+            raise UsageError(
+                f"pad_token_id: {pad!r} is not accepted; accepted: 0..{self.max_position_embeddings - 2}, as "
+                f"{family.label} counts its {self.max_position_embeddings} positions from behind it on"
+            )
+        limit = family.usable_positions(self.max_position_embeddings, pad)
+        if self.max_seq_length > limit:
+            why = (
+                f" ({self.max_position_embeddings} less pad_token_id + 1)"
+                if family.counts_from_padding
+                else ""
+            )
+            raise UsageError(
+                f"max_seq_length: {self.max_seq_length} is more than the encoder's max_position_embeddings "
+                f"allow; accepted: 1..{limit}{why}"
+            )
+        if "embedding_size" not in family.config_fields:
+            if size not in (None, self.hidden_size):
+                raise UsageError(
+                    f"embedding_size: {size!r} is not accepted; accepted: None, as {family.label}'s "
+                    "embeddings have hidden_size"
+                )
+        elif size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise UsageError(
+                f"embedding_size: {size!r} is not accepted; accepted: None or a whole number of 1 or more"
+            )
+
+    def _check_activation(self) -> None:
+        from transformers.activations import ACT2FN
+
         if self.hidden_act not in ACT2FN:
             raise UsageError(
                 f"hidden_act: {self.hidden_act!r} is unknown; accepted: {', '.join(sorted(ACT2FN))}"

@@ -166,7 +166,8 @@ class Pooler(nn.Module):
 class CaMtlModel(CaMtlPreTrainedModel):
     """BERT that adapts to a task: embeddings, alignment, layers, pooler; every table from one hypernetwork.
 
-    With all switches at ``none`` it is plain BERT and needs no task ids.
+    ``config.family`` chooses the embeddings: BERT's or those of RoBERTa, ELECTRA, ... With all switches at
+    ``none`` it is the plain encoder and needs no task ids.
     """
 
     def __init__(self, config: CaMtlConfig, add_pooling_layer: bool = True) -> None:
@@ -267,6 +268,7 @@ class CaMtlModel(CaMtlPreTrainedModel):
             sequences = source.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             task_ids = torch.zeros(sequences, dtype=torch.int64, device=source.device)
 
+        given_ids = input_ids
         padded_form = None
         if cu_seqlens is None and not want_attentions:
             padded_form = self._without_padding(source, attention_mask, token_type_ids)
@@ -275,7 +277,9 @@ class CaMtlModel(CaMtlPreTrainedModel):
             input_ids, inputs_embeds = (source, None) if input_ids is not None else (None, source)
             attention_mask = None
 
-        positions = self._positions(source, cu_seqlens) if padded_form is None else padded_form.positions
+        places = self._positions(source, cu_seqlens) if padded_form is None else padded_form.positions
+        rows = None if padded_form is None else padded_form.rows
+        positions = self.embeddings.position_ids(given_ids, places, rows)
         x = self.embeddings(input_ids, token_type_ids, positions, inputs_embeds)
         tables = self.tables()
         if self.conditional_alignment is not None:

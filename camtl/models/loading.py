@@ -1,4 +1,4 @@
-"""Loading: a camtl folder, or any BERT checkpoint by parameter name."""
+"""Loading: a camtl folder, or any checkpoint of a BERT-like encoder by parameter name."""
 
 from __future__ import annotations
 
@@ -78,8 +78,11 @@ def read_encoder_config(name: str, **hub_arguments: Any) -> dict[str, Any]:
 def family_of(config: dict[str, Any], name: str) -> Family:
     """The encoder family of a checkpoint's config; another architecture raises :class:`UsageError`."""
     model_type = config.get("model_type")
-    if model_type is None and any(str(a).startswith("Bert") for a in config.get("architectures") or ()):
-        model_type = "bert"  # the oldest checkpoints do not say
+    if model_type is None:  # the oldest checkpoints do not say
+        classes = [str(name) for name in config.get("architectures") or ()]
+        for family in FAMILIES.values():
+            if any(name.startswith(family.class_prefix) for name in classes):
+                return family
     if model_type not in FAMILIES:
         raise UsageError(f"{name}: model_type is {model_type!r}; accepted: ca-mtl, {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
@@ -99,8 +102,11 @@ class LoadingMixin:
         config: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Load a model folder of this package, or any BERT checkpoint (folder, hub id or the alias
-        ``minilm``).
+        """Load a model folder of this package, or any checkpoint of BERT, RoBERTa, XLM-RoBERTa, ELECTRA or
+        DistilBERT (folder, hub id or the alias ``minilm``), whatever head it was saved with.
+
+        A checkpoint without a pooler (ELECTRA, DistilBERT, those of language models) gets one with random
+        values, which the heads read.
 
         Args:
             pretrained_model_name_or_path: folder or name.
@@ -130,34 +136,34 @@ class LoadingMixin:
             _check_config(config, [*(key for key, value in given.items() if value is not None), *switches])
         stored = read_encoder_config(name, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
         own = stored.get("model_type") == CaMtlConfig.model_type
-        if config is None:
-            if own:
-                config = _own_config(name, stored, tasks, preset, max_seq_length, switches)
-            else:
-                family = family_of(stored, name)
-                fields = family.encoder_fields(stored)
-                length = min(128, int(fields.get("max_position_embeddings", 512)))
-                config = CaMtlConfig(**{
-                    **fields,
-                    "tasks": () if tasks is None else tasks,
-                    "preset": preset or "ca-mtl",
-                    "max_seq_length": length if max_seq_length is None else max_seq_length,
-                    "family": family.model_type,
-                    **switches,
-                })  # fmt: skip
         if own:
+            if config is None:
+                config = _own_config(name, stored, tasks, preset, max_seq_length, switches)
             kwargs.setdefault("use_safetensors", True)
         else:
-            kwargs.setdefault("key_mapping", dict(family_of(stored, name).key_mapping))
+            family = family_of(stored, name)
+            if config is None:
+                config = _new_config(family, stored, tasks, preset, max_seq_length, switches)
+            elif config.family != family.model_type:
+                raise UsageError(
+                    f"config: its family is {config.family!r}, but {name} is of family {family.model_type!r}"
+                )
+            kwargs.setdefault("key_mapping", dict(family.key_mapping))
         want_info = kwargs.pop("output_loading_info", False)
+        shapes_must_fit = not kwargs.pop("ignore_mismatched_sizes", False)
         try:
             with _quiet():
                 model, info = super().from_pretrained(  # type: ignore[misc]
-                    name, *model_args, config=config, output_loading_info=True, **kwargs
+                    name,
+                    *model_args,
+                    config=config,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # `_check_loaded` names them
+                    **kwargs,
                 )
         except OSError as error:
             raise UsageError(f"{name}: no weights could be read ({_first_line(error)})") from error
-        _check_loaded(model, name, info, own)
+        _check_loaded(model, name, info, own, shapes_must_fit)
         if not own and config.top_layer_init == "random":
             reinitialise(model.base_model.encoder.layer[-1], model.config)
         _settle(model)
@@ -193,6 +199,29 @@ def _settle(model: Any) -> None:
         model.refresh_label_scale()
 
 
+def _new_config(
+    family: Family,
+    stored: dict[str, Any],
+    tasks: Any,
+    preset: str | None,
+    max_seq_length: int | None,
+    switches: dict[str, Any],
+) -> CaMtlConfig:
+    """The config for a plain encoder checkpoint whose ``config.json`` is ``stored``."""
+    fields = family.encoder_fields(stored)
+    if max_seq_length is None:
+        positions = int(fields.get("max_position_embeddings", 512))
+        max_seq_length = max(1, min(128, family.usable_positions(positions, fields.get("pad_token_id"))))
+    return CaMtlConfig(**{
+        **fields,
+        "tasks": () if tasks is None else tasks,
+        "preset": preset or "ca-mtl",
+        "max_seq_length": max_seq_length,
+        "family": family.model_type,
+        **switches,
+    })  # fmt: skip
+
+
 def _own_config(
     name: str,
     stored: dict[str, Any],
@@ -224,7 +253,14 @@ def _own_config(
     return config
 
 
-def _check_loaded(model: Any, name: str, info: dict[str, Any], own: bool) -> None:
+def _check_loaded(model: Any, name: str, info: dict[str, Any], own: bool, shapes_must_fit: bool) -> None:
+    other = sorted(info.get("mismatched_keys", ()))
+    if other and shapes_must_fit:
+        key, there, wanted = other[0]
+        raise UsageError(
+            f"{name}: the weights do not fit config.json, for instance {key} is {list(there)} instead of "
+            f"{list(wanted)} ({len(other)} in all)"
+        )
     missing = sorted(info.get("missing_keys", ()))
     if own:
         unexpected = sorted(info.get("unexpected_keys", ()))
@@ -237,12 +273,13 @@ def _check_loaded(model: Any, name: str, info: dict[str, Any], own: bool) -> Non
             )
         return
     absent = [key for key in missing if not key.startswith("heads.") and not is_conditional(key)]
+    family = FAMILIES[model.config.family]
     if any(".pooler." not in f".{key}" for key in absent):
         raise UsageError(
             f"{name}: the checkpoint lacks encoder weights, for instance {absent[:3]} ({len(absent)} in "
-            "all); is it BERT?"
+            f"all); is it {family.label}?"
         )
-    if absent:
+    if absent and family.has_pooler:  # else it is so with all of the family
         logger.warning("%s has no pooler: %s start from random values", name, ", ".join(absent))
 
 

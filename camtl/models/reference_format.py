@@ -16,6 +16,7 @@ from torch import Tensor
 
 from camtl.errors import UsageError
 from camtl.models.configuration import SWITCHES, CaMtlConfig
+from camtl.models.families import FAMILIES
 from camtl.models.task_info import described, split_tasks
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -119,6 +120,7 @@ def _require(state: Mapping[str, Tensor], name: str) -> Tensor:
 def _encoder_fields(state: Mapping[str, Tensor], config: Any) -> dict[str, Any]:
     """Sizes read from the tensors, over what ``config`` says."""
     known = dict(config) if isinstance(config, Mapping) else config.to_dict() if config is not None else {}
+    _check_family(known.get("family") or known.get("model_type"))
     allowed = (
         "num_attention_heads", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
         "classifier_dropout",
@@ -234,6 +236,13 @@ class ReferenceFormatMixin:
         )
 
 
+def _check_family(family: Any) -> None:
+    if family != "bert" and family in FAMILIES:
+        raise UsageError(
+            f"config: its encoder is of family {family!r}; the released code's format has 'bert' only"
+        )
+
+
 def _check_variant(variant: str) -> None:
     if variant not in VARIANTS:
         raise UsageError(f"variant: {variant!r} is unknown; accepted: {', '.join(VARIANTS)}")
@@ -248,7 +257,8 @@ def _check_structure(config: CaMtlConfig, variant: str) -> None:
 
 
 def reference_variant(config: CaMtlConfig) -> str:
-    """Which released variant a config's switches are; :class:`UsageError` if none."""
+    """Which released variant a config's switches are; :class:`UsageError` if none, or if it is no BERT."""
+    _check_family(config.family)
     for variant, fields in VARIANTS.items():
         wanted = CaMtlConfig(**fields)
         differing = [n for n in _STRUCTURE if getattr(config, n) != getattr(wanted, n)]

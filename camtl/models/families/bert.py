@@ -30,6 +30,8 @@ CONFIG_FIELDS = (
     "layer_norm_eps",
     "pad_token_id",
     "position_embedding_type",
+    "is_decoder",
+    "add_cross_attention",
 )
 
 # The oldest BERT checkpoints call the norms' parameters gamma and beta.
@@ -37,16 +39,38 @@ KEY_MAPPING = {r"LayerNorm\.gamma": "LayerNorm.weight", r"LayerNorm\.beta": "Lay
 
 
 class BertEmbeddings(nn.Module):
-    """``dropout(LayerNorm(word + token_type + position))``; parameter names as in Hugging Face's BERT."""
+    """``dropout(LayerNorm(word + token_type + position))``; parameter names as in Hugging Face's BERT.
 
-    def __init__(self, config: CaMtlConfig) -> None:
+    Args:
+        config: sizes, dropout and ``pad_token_id``.
+        size: width of the three embeddings; None: ``hidden_size``.
+        has_token_types: False leaves the token types away.
+    """
+
+    token_type_embeddings: nn.Embedding | None
+
+    def __init__(self, config: CaMtlConfig, *, size: int | None = None, has_token_types: bool = True) -> None:
         super().__init__()
-        size = config.hidden_size
+        size = config.hidden_size if size is None else size
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size) if has_token_types else None
         self.LayerNorm = FusedLayerNorm(size, eps=config.layer_norm_eps)
         self.dropout_p = float(config.hidden_dropout_prob)
+
+    def position_ids(self, input_ids: Tensor | None, places: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Which position embedding each token reads: here its place in the own sequence.
+
+        Args:
+            input_ids: ``[B, S]``, or packed ``[N]``, as they were given; None beside ``inputs_embeds``.
+            places: ``[S]`` (the same for all sequences), or ``[N]`` of a batch that is or was packed.
+            rows: of a batch ``[B, S]`` that was packed since: the places of the ``[N]`` tokens in its
+                flattened ``[B * S]``.
+
+        Returns:
+            int64 ``[S]``, ``[B, S]`` or ``[N]``.
+        """
+        return places
 
     def forward(
         self,
@@ -57,13 +81,14 @@ class BertEmbeddings(nn.Module):
     ) -> Tensor:
         """``input_ids`` ``[B, S]`` or packed ``[N]`` to ``[B, S, D]`` or ``[N, D]``.
 
-        ``position_ids`` is ``[S]`` or ``[N]``; ``token_type_ids`` has the shape of ``input_ids`` (None: all
-        zero).
+        ``position_ids`` comes from the method of that name; ``token_type_ids`` has the shape of ``input_ids``
+        (None: all zero). An encoder with a single token type, or none, reads no ``token_type_ids``.
         """
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if token_type_ids is None:
-            x = x + self.token_type_embeddings.weight[0]
-        else:
-            x = x + self.token_type_embeddings(token_type_ids)
+        types = self.token_type_embeddings
+        if types is not None:
+            # tokenizers may count the second text as 1, also for an encoder that was never told them apart
+            plain = token_type_ids is None or types.num_embeddings == 1
+            x = x + (types.weight[0] if plain else types(token_type_ids))
         x = self.LayerNorm(x + self.position_embeddings(position_ids))
         return F.dropout(x, self.dropout_p, self.training)
