@@ -161,9 +161,12 @@ def _is_from_hub(task: Task, data_dir: str | None) -> bool:
 
 
 def encoder_sizes(config: Any) -> str:
-    """Describe an encoder in one line."""
+    """Describe an encoder in one line; its family goes unsaid where it is BERT."""
+    from camtl.models.families import FAMILIES
+
+    family = "" if config.family == "bert" else f"{FAMILIES[config.family].label}, "
     return (
-        f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+        f"{family}{config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
         f"{config.num_attention_heads} heads, vocabulary {config.vocab_size:,}"
     )
 

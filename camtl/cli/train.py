@@ -106,7 +106,8 @@ def _check(model: ModelArguments, data: DataArguments) -> None:
     if model.model_name_or_path is None:
         raise UsageError(
             "say which encoder to start from: --model_name_or_path minilm (small, packaged), "
-            "bert-base-uncased (or another BERT of the Hugging Face hub), or a folder"
+            "bert-base-uncased (or another BERT, RoBERTa, XLM-RoBERTa, ELECTRA or DistilBERT of the Hugging "
+            "Face hub), or a folder"
         )
     if data.train_file is None:
         for name in ("validation_file", "text_column", "label_column", "task_name", "task_type"):

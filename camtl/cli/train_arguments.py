@@ -21,7 +21,8 @@ class ModelArguments:
     """The encoder and the model's switches. A switch left at None takes the preset's value."""
 
     model_name_or_path: str | None = _option(
-        "encoder to start from: minilm, a folder, or a Hugging Face name such as bert-base-uncased",
+        "encoder to start from: minilm, a folder, or a Hugging Face name such as bert-base-uncased or "
+        "roberta-base (BERT, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT)",
         metavar="NAME",
     )
     preset: str | None = _option(

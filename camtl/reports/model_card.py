@@ -14,6 +14,7 @@ from camtl._version import __version__
 from camtl.reports.tables import Results, metric_title, results_cells
 
 if TYPE_CHECKING:
+    from camtl.models.families import Family
     from camtl.tasks import Task
 
 _EXAMPLES = (
@@ -114,10 +115,11 @@ def render_model_card(card: ModelCard) -> str:
 
 def front_matter(card: ModelCard) -> dict[str, Any]:
     """Return the YAML head that the hub reads: library, base model, tags, data sets, metrics, results."""
+    family = card.config.get("family", "bert")
     matter: dict[str, Any] = {
         "library_name": "camtl",
         "pipeline_tag": "text-classification",
-        "tags": ["camtl", "ca-mtl", "multi-task-learning", "bert", "text-classification"],
+        "tags": ["camtl", "ca-mtl", "multi-task-learning", family, "text-classification"],
     }
     if _is_hub_id(card.base_model):
         matter["base_model"] = card.base_model
@@ -165,17 +167,23 @@ def _hub_metric(name: str) -> str:
     return {"macro_f1": "f1", "pearson": "pearsonr"}.get(name, name)
 
 
+def _family(config: Mapping[str, Any]) -> Family:
+    from camtl.models.families import FAMILIES
+
+    return FAMILIES[config.get("family", "bert")]
+
+
 def _summary(card: ModelCard) -> str:
     names = ", ".join(f"`{task.name}`" for task in card.tasks)
     count = f"{len(card.tasks)} tasks" if len(card.tasks) > 1 else "one task"
     return (
-        f"One BERT encoder trained on {count} ({names}) with camtl {__version__}. "
+        f"One {_family(card.config).label} encoder trained on {count} ({names}) with camtl {__version__}. "
         f"{_conditioning(card.config)} Starting point: {card.encoder}."
     )
 
 
 def _conditioning(config: Mapping[str, Any]) -> str:
-    """Say what the task changes in the encoder; nothing, in plain multi-task BERT."""
+    """Say what the task changes in the encoder; nothing, in plain multi-task training."""
     switches = (
         ("alignment", "its embeddings"),
         ("attention_bias", "its attention"),
@@ -184,7 +192,10 @@ def _conditioning(config: Mapping[str, Any]) -> str:
     )
     parts = [text for name, text in switches if config.get(name, "none") != "none"]
     if not parts:
-        return "The tasks share all of the encoder and differ in their heads only (plain multi-task BERT)."
+        return (
+            "The tasks share all of the encoder and differ in their heads only (plain multi-task "
+            f"{_family(config).label})."
+        )
     listed = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
     return (
         f"The encoder is told which task a text belongs to and adapts {listed} to it: conditionally adaptive "
@@ -267,7 +278,11 @@ def _tasks(card: ModelCard) -> str:
 def _parameters(card: ModelCard) -> str:
     counts = card.counts
     rows = [["total", f"{counts['total']:,}"], ["trainable", f"{counts['trainable']:,}"]]
-    for key, label in (("encoder", "BERT encoder"), ("conditional", "conditional (not in plain BERT)")):
+    family = _family(card.config).label
+    for key, label in (
+        ("encoder", f"{family} encoder"),
+        ("conditional", f"conditional (not in plain {family})"),
+    ):
         if key in counts:
             rows.append([label, f"{counts[key]:,}"])
     if "per_task" in counts:

@@ -100,6 +100,16 @@ def test_numbers_are_the_measured_ones(card: ModelCard) -> None:
     assert "- `mood`: CC0" in text
 
 
+def test_the_encoders_family_is_named(card: ModelCard) -> None:
+    assert "One BERT encoder trained on 2 tasks" in render_model_card(card)
+    assert "bert" in matter(render_model_card(card))["tags"]
+    text = render_model_card(dataclasses.replace(card, config={**card.config, "family": "xlm-roberta"}))
+    assert "One XLM-RoBERTa encoder trained on 2 tasks" in text
+    assert "| conditional (not in plain XLM-RoBERTa) | 77 |" in text
+    assert "xlm-roberta" in matter(text)["tags"]
+    assert "BERT encoder" not in text.replace("XLM-RoBERTa", "")
+
+
 def test_without_results_no_score_is_claimed(card: ModelCard) -> None:
     text = render_model_card(dataclasses.replace(card, results=Results(), has_curves=False, base_model=""))
     assert "No evaluation data was given." in text
