@@ -15,11 +15,9 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from camtl.data import MultiTaskCollator, MultiTaskDataset, load_task, subset, tokenize
 from camtl.models import CaMtlForMultiTask
-from camtl.tasks import get_task
 
-TASKS = [get_task(name) for name in ("demo_entailment", "demo_sentiment")]
+TASKS = [{"name": "demo_entailment", "num_labels": 3}, {"name": "demo_sentiment", "num_labels": 2}]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS += ["the", "a", "cat", "dog", "bird", "sat", "ran", "on", "mat", "is", "not", "so", "good"]
@@ -120,12 +118,16 @@ def test_a_tokenizer_that_knows_no_token_types(folder):
 
 
 def test_from_rows_to_a_loss(folder, tmp_path):
+    from camtl.data import MultiTaskCollator, MultiTaskDataset, load_task, subset, tokenize
+    from camtl.tasks import get_task
+
     model = load(folder)
+    tasks = [get_task(name) for name in model.config.tasks]
     tokens = {
         task.name: tokenize(
             task, subset(load_task(task)["train"], 6), model.tokenizer, 32, cache_dir=tmp_path
         )
-        for task in TASKS
+        for task in tasks
     }
     rows = MultiTaskDataset(tokens, model.config.tasks)
     batch = MultiTaskCollator(model.tokenizer.pad_token_id)([rows[i] for i in (0, 7, 3, 11)])
