@@ -203,7 +203,7 @@ class CaMtlModel(CaMtlPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the word embedding."""
-        self.embeddings.word_embeddings = value
+        self.embeddings.word_embeddings = cast(nn.Embedding, value)
 
     def tables(self) -> dict[str, Tensor]:
         """All modulation tables ``[T, ...]`` for the present parameters (kept in eval mode under
