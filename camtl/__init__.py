@@ -16,13 +16,21 @@ _LAZY = {
     "CaMtlForMultiTask": "camtl.models",
     "CaMtlTrainer": "camtl.training",
     "CaMtlTrainingArguments": "camtl.training",
+    "apply_camtl_kernels_to_bert": "camtl.fusing",
+    "fuse": "camtl.fusing",
+    "fuse_report": "camtl.fusing",
     "set_backend": "camtl.ops",
+    "unfuse": "camtl.fusing",
 }
-_SUBMODULES = ("data", "models", "nn", "ops", "reports", "tasks", "training")
+_SUBMODULES = ("data", "fusing", "models", "nn", "ops", "reports", "tasks", "training")
 
 __all__ = ["__version__", *_LAZY, *_SUBMODULES]  # noqa: PLE0604 - all of them strings
 
 if TYPE_CHECKING:
+    from camtl.fusing import apply_camtl_kernels_to_bert as apply_camtl_kernels_to_bert
+    from camtl.fusing import fuse as fuse
+    from camtl.fusing import fuse_report as fuse_report
+    from camtl.fusing import unfuse as unfuse
     from camtl.models import CaMtlConfig as CaMtlConfig
     from camtl.models import CaMtlForMultiTask as CaMtlForMultiTask
     from camtl.models import CaMtlModel as CaMtlModel
