@@ -27,8 +27,8 @@ class Fused(nn.Module):
 
 def unfused_class(fused: type[nn.Module]) -> type[nn.Module]:
     """The class that ``fused`` stands for."""
-    bases: tuple[type, ...] = fused.__bases__
-    return next(base for base in bases if not issubclass(base, Fused))
+    found: type[nn.Module] = next(base for base in fused.__bases__ if not issubclass(base, Fused))
+    return found
 
 
 # -- what a module is made of now
@@ -72,8 +72,6 @@ def norm_reason(norm: Any) -> str:
 
 def is_exact_gelu(activation: object) -> bool:
     """Whether ``activation`` is gelu with the exact erf."""
-    if isinstance(activation, nn.Module) and not is_bare(activation):
-        return False
     return (
         type(activation) is GELUActivation
         or activation is F.gelu
@@ -142,8 +140,10 @@ def norm(
     return y.view(shape)
 
 
-def dense_gelu(module: nn.Module, dense: Any, x: Tensor) -> Tensor | None:
-    """``gelu(dense(x))`` with the bias in the activation's pass; None if ``dense`` does not allow it."""
+def dense_gelu(module: nn.Module, dense: Any, activation: Any, x: Tensor) -> Tensor | None:
+    """``activation(dense(x))`` with the bias in gelu's pass; None if either is now something else."""
+    if not is_exact_gelu(activation) or (isinstance(activation, nn.Module) and not is_bare(activation)):
+        return None
     if not is_plain_linear(dense) or dense.bias is None or not takes(module, x):
         return None
     return ops.bias_gelu(F.linear(x, dense.weight), dense.bias)
@@ -187,11 +187,8 @@ class FusedIntermediate(Fused):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``hidden_states`` ``[..., D]`` to ``[..., intermediate]``."""
-        if is_exact_gelu(self.intermediate_act_fn):
-            y = dense_gelu(self, self.dense, hidden_states)
-            if y is not None:
-                return y
-        return super().forward(hidden_states)
+        y = dense_gelu(self, self.dense, self.intermediate_act_fn, hidden_states)
+        return super().forward(hidden_states) if y is None else y
 
 
 class FusedPredictionTransform(Fused):
@@ -203,11 +200,8 @@ class FusedPredictionTransform(Fused):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``hidden_states`` ``[..., D]`` to ``[..., D]``."""
-        if is_exact_gelu(self.transform_act_fn):
-            y = dense_gelu(self, self.dense, hidden_states)
-            if y is not None:
-                return self.LayerNorm(y)
-        return super().forward(hidden_states)
+        y = dense_gelu(self, self.dense, self.transform_act_fn, hidden_states)
+        return super().forward(hidden_states) if y is None else self.LayerNorm(y)
 
 
 class FusedLanguageHead(Fused):
@@ -219,7 +213,7 @@ class FusedLanguageHead(Fused):
 
     def forward(self, features: Tensor, **kwargs: object) -> Tensor:
         """``features`` ``[..., D]`` to ``[..., vocabulary]``."""
-        y = dense_gelu(self, self.dense, features)
+        y = dense_gelu(self, self.dense, F.gelu, features)
         if y is None:
             return super().forward(features, **kwargs)
         return self.decoder(self.layer_norm(y))

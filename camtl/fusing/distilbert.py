@@ -14,7 +14,6 @@ from camtl.fusing._modules import (
     dense_gelu,
     dropout_of,
     is_bare,
-    is_exact_gelu,
     is_plain_linear,
     norm,
     norm_reason,
@@ -33,7 +32,7 @@ class FusedFFN(Fused, hf.FFN):
 
     def neck(self, x: Tensor) -> Tensor:
         """``gelu(lin1(x))``: ``[..., D]`` to ``[..., hidden_dim]``."""
-        y = dense_gelu(self, self.lin1, x) if is_exact_gelu(self.activation) else None
+        y = dense_gelu(self, self.lin1, self.activation, x)
         return self.activation(self.lin1(x)) if y is None else y
 
     def ff_chunk(self, input: Tensor) -> Tensor:

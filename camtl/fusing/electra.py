@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.electra import modeling_electra as hf
 
 from camtl.fusing._family import Family, activation, packing, sublayer_end
-from camtl.fusing._modules import Fused, FusedIntermediate, FusedSublayerEnd, dense_gelu, is_exact_gelu
+from camtl.fusing._modules import Fused, FusedIntermediate, FusedSublayerEnd, dense_gelu
 from camtl.fusing._packing import PackedEncoder
 
 
@@ -32,11 +32,8 @@ class FusedElectraGeneratorPredictions(Fused, hf.ElectraGeneratorPredictions):
 
     def forward(self, generator_hidden_states: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., embedding]``."""
-        if is_exact_gelu(self.activation):
-            y = dense_gelu(self, self.dense, generator_hidden_states)
-            if y is not None:
-                return self.LayerNorm(y)
-        return super().forward(generator_hidden_states)
+        y = dense_gelu(self, self.dense, self.activation, generator_hidden_states)
+        return super().forward(generator_hidden_states) if y is None else self.LayerNorm(y)
 
 
 class FusedElectraDiscriminatorPredictions(Fused, hf.ElectraDiscriminatorPredictions):
@@ -47,11 +44,10 @@ class FusedElectraDiscriminatorPredictions(Fused, hf.ElectraDiscriminatorPredict
 
     def forward(self, discriminator_hidden_states: Tensor) -> Tensor:
         """``[..., D]`` to ``[...]``."""
-        if is_exact_gelu(self.activation):
-            y = dense_gelu(self, self.dense, discriminator_hidden_states)
-            if y is not None:
-                return self.dense_prediction(y).squeeze(-1)
-        return super().forward(discriminator_hidden_states)
+        y = dense_gelu(self, self.dense, self.activation, discriminator_hidden_states)
+        if y is None:
+            return super().forward(discriminator_hidden_states)
+        return self.dense_prediction(y).squeeze(-1)
 
 
 class PackedElectraEncoder(PackedEncoder, hf.ElectraEncoder):
