@@ -18,6 +18,10 @@ COMMANDS = {
     "predict": ("camtl.cli.predict", "label new texts with a trained model"),
     "tasks": ("camtl.cli.tasks", "list the built-in tasks, show one, check a task's data files"),
     "convert": ("camtl.cli.convert", "read and write checkpoints of the code released with the paper"),
+    "fuse-check": (
+        "camtl.cli.fuse_check",
+        "what camtl.fuse does in a Hugging Face model, and how fast it is",
+    ),
     "tune": ("camtl.cli.tune", "search the fastest block sizes of the Triton kernels on this GPU"),
     "bench": ("camtl.cli.bench", "time the ops and the model against their rivals on this machine"),
     "info": ("camtl.cli.info", "versions, devices and which backend can run which op"),

@@ -5,6 +5,16 @@ files that begin with an underscore. ``_family.FAMILIES`` lists them.
 """
 
 from camtl.fusing._apply import Applied, apply_camtl_kernels_to_bert, fuse, fuse_report, unfuse
+from camtl.fusing._family import accepted_model_types
 from camtl.fusing._report import FuseReport, Row
 
-__all__ = ["Applied", "FuseReport", "Row", "apply_camtl_kernels_to_bert", "fuse", "fuse_report", "unfuse"]
+__all__ = [
+    "Applied",
+    "FuseReport",
+    "Row",
+    "accepted_model_types",
+    "apply_camtl_kernels_to_bert",
+    "fuse",
+    "fuse_report",
+    "unfuse",
+]

@@ -83,6 +83,11 @@ def names() -> str:
     return ", ".join(name for name, _ in FAMILIES.values())
 
 
+def accepted_model_types() -> tuple[str, ...]:
+    """The families by the ``model_type`` of their configs."""
+    return tuple(module.split(".")[2].replace("_", "-") for module in FAMILIES)
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module``, unfused."""
     kind = type(module)
