@@ -22,7 +22,6 @@ _NAMED = 4  # modules that one warning names
 
 def fuse(
     model: Model,
-    *,
     attention: bool = True,
     layer_norm: bool = True,
     gelu: bool = True,

@@ -7,7 +7,7 @@ replaced is called, and only what follows it is fused.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,7 @@ class Fused(nn.Module):
 
 def unfused_class(fused: type[nn.Module]) -> type[nn.Module]:
     """The class that ``fused`` stands for."""
-    found: type[nn.Module] = next(base for base in fused.__bases__ if not issubclass(base, Fused))
-    return found
+    return next(cast(type[nn.Module], base) for base in fused.__bases__ if not issubclass(base, Fused))
 
 
 # -- what a module is made of now
