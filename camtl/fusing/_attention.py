@@ -104,13 +104,16 @@ def attention(
 def key_mask(mask: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, bool]:
     """``mask`` as ``[B, S]``, True = a real token, and whether it is no more than that.
 
-    None stays None. A mask ``[B, 1, 1, S]`` hides whole keys. If it is additive, its values must say so, and
-    they are only read where nothing waits for it: on a CPU, outside compile.
+    None stays None. A mask ``[B, 1, 1, S]``, or one that was expanded from it, hides whole keys. If it is
+    additive, its values must say so, and they are only read where nothing waits for it: on a CPU, outside
+    compile.
     """
     if mask is None:
         return None, True
     if mask.dim() == 2:
         return mask, mask.shape == (batch, length)
+    if mask.dim() == 4 and mask.stride(2) == 0:
+        mask = mask[:, :, :1]
     if mask.dim() != 4 or mask.shape[1:] != (1, 1, length) or mask.shape[0] not in (1, batch):
         return None, False
     keys = mask[:, 0, 0].expand(batch, length)

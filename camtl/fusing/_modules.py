@@ -116,9 +116,7 @@ def norm(
 ) -> Tensor:
     """``layer(dropout(x + x_bias) + residual)`` in one pass, in the dtype that the separate steps give."""
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    device = x.device.type
-    # autocast lets layer norms compute and return float32, but for those on a CPU
-    if device != "cpu" and dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(device):
+    if dtype in (torch.bfloat16, torch.float16) and _autocast_widens_norms(x.device.type):
         dtype = torch.float32
     x = x.to(dtype)
     if residual is not None and residual.dtype not in (dtype, torch.float32):
@@ -137,6 +135,11 @@ def norm(
         eps=layer.eps,
     )
     return y.view(shape)
+
+
+def _autocast_widens_norms(device: str) -> bool:
+    """Whether autocast is on and lets layer norms compute and return float32; on a CPU it does not."""
+    return device != "cpu" and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def dense_gelu(module: nn.Module, dense: Any, activation: Any, x: Tensor) -> Tensor | None:

@@ -13,6 +13,8 @@ from camtl.fusing._state import fall_back
 from camtl.models.packing import PackedBatch
 from camtl.ops._checks import readable
 
+_INSTEAD = "the padded form runs"
+
 
 class PackedEncoder(Fused):
     """An encoder that leaves padding out before its first layer and restores it behind its last.
@@ -52,7 +54,7 @@ class PackedEncoder(Fused):
             return None
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name, getattr(config, name, False)):
-                fall_back(self, f"packed=True runs padded for {name}=True, whose results are padded")
+                fall_back(self, f"packed=True and {name}=True, whose results are padded", _INSTEAD)
                 return None
         return self._packed(hidden_states, mask)
 
@@ -65,7 +67,7 @@ class PackedEncoder(Fused):
         lengths = real.sum(1)
         count, late = torch.stack([lengths.sum(), (~real[:, 0]).sum()]).tolist()
         if late:  # heads read the first position, which is computed there, also where it is padding
-            fall_back(self, "packed=True runs padded where padding is on the left")
+            fall_back(self, "packed=True and padding on the left", _INSTEAD)
             return None
         if count == size * length:
             return None

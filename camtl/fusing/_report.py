@@ -154,7 +154,7 @@ def _packing_reason(encoder: nn.Module, reads_padding: bool) -> str:
 def is_replaced(candidate: Candidate) -> bool:
     """Whether the module is fused now."""
     if candidate.swap is None:
-        return mark_of(candidate.module) is not None and _attention_name(candidate.module) == NAME
+        return not candidate.reason and _attention_name(candidate.module) == NAME
     return is_fused(type(candidate.module)) and (
         not isinstance(candidate.module, PackedEncoder) or _attention_name(candidate.module) == NAME
     )

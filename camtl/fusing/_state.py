@@ -86,8 +86,8 @@ def drop_mark(module: nn.Module) -> Mark | None:
     return found
 
 
-def fall_back(module: nn.Module, reason: str) -> None:
-    """``module`` computes a call as it would unfused: one warning per model and reason, or strict, an error.
+def fall_back(module: nn.Module, reason: str, instead: str = "computed unfused") -> None:
+    """``module`` cannot compute a call as asked for: one warning per model and reason; under strict, an error.
 
     ``reason`` must not depend on the batch, or every batch would warn. Raises UsageError under ``strict``.
     """
@@ -100,4 +100,4 @@ def fall_back(module: nn.Module, reason: str) -> None:
     warned = module.__dict__.setdefault("_camtl_warned", set()) if mark is None else mark.fusion.warned
     if reason not in warned:
         warned.add(reason)
-        warnings.warn(f"camtl.fuse: {name}: {reason}; computed unfused", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"camtl.fuse: {name}: {reason}; {instead}", RuntimeWarning, stacklevel=3)

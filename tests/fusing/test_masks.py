@@ -31,7 +31,7 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.mark.filterwarnings("ignore:.*padding is on the left:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*padding on the left:RuntimeWarning")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("side", ["none", "right", "left", "holes"])
 def test_2d(family: str, side: str, packed: bool) -> None:
@@ -100,8 +100,11 @@ def test_4d_falls_back_with_one_warning_that_names_the_module() -> None:
         camtl.fuse(fused, strict=True)(**batch)
 
 
+@pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -torch.inf, -1e4, None])
-def test_4d_that_hides_whole_keys_stays_fused(value: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4d_that_hides_whole_keys_stays_fused(
+    value: float | None, expanded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = calls_of(monkeypatch)
     model, batch = make_model("bert"), make_batch()
     expected = model(**batch)[0]
@@ -109,6 +112,8 @@ def test_4d_that_hides_whole_keys_stays_fused(value: float | None, monkeypatch: 
     batch["attention_mask"] = keys[:, None, None]
     if value is not None:
         batch["attention_mask"] = torch.zeros(4, 1, 1, 9).masked_fill(~keys[:, None, None], value)
+    if expanded:
+        batch["attention_mask"] = batch["attention_mask"].expand(4, 1, 9, 9)
     fused = camtl.fuse(copy.deepcopy(model), strict=True)
     torch.testing.assert_close(fused(**batch)[0], expected, rtol=1e-5, atol=1e-5)
     assert len(seen) == 2
@@ -177,7 +182,9 @@ def test_without_padding_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> N
 def test_padding_on_the_left_runs_padded_because_heads_read_the_first_position() -> None:
     model, batch = make_model("bert", "ForSequenceClassification"), make_batch(side="left")
     fused = camtl.fuse(copy.deepcopy(model), packed=True)
-    with pytest.warns(RuntimeWarning, match=r"bert\.encoder: packed=True runs padded .* on the left"):
+    with pytest.warns(
+        RuntimeWarning, match=r"bert\.encoder: packed=True and padding on the left; the padded form runs"
+    ):
         ours = fused(**batch).logits
     torch.testing.assert_close(ours, model(**batch).logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(UsageError, match="on the left"):
@@ -187,7 +194,9 @@ def test_padding_on_the_left_runs_padded_because_heads_read_the_first_position()
 def test_packed_with_hidden_states_runs_padded(family: str) -> None:
     model, batch = make_model(family), make_batch()
     fused = camtl.fuse(copy.deepcopy(model), packed=True)
-    with pytest.warns(RuntimeWarning, match="runs padded for output_hidden_states=True"):
+    with pytest.warns(
+        RuntimeWarning, match="packed=True and output_hidden_states=True, .*; the padded form runs"
+    ):
         ours = fused(**batch, output_hidden_states=True).hidden_states
     theirs = model(**batch, output_hidden_states=True).hidden_states
     assert len(ours) == len(theirs) == 3
@@ -249,6 +258,8 @@ def test_by_name_without_fuse(family: str) -> None:
     batch = make_batch()
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(model(**batch)[0][real], plain(**batch)[0][real], rtol=1e-5, atol=1e-5)
+    assert camtl.fuse_report(model).counts["attention"] == (2, 2)
+    assert camtl.fuse_report(plain).counts["attention"] == (0, 2)
 
 
 @pytest.mark.parametrize("op", ["conditional_layer_norm", "conditional_attention", "bias_gelu"])
