@@ -87,7 +87,7 @@ def drop_mark(module: nn.Module) -> Mark | None:
 
 
 def fall_back(module: nn.Module, reason: str, instead: str = "computed unfused") -> None:
-    """``module`` cannot compute a call as asked for: one warning per model and reason; under strict, an error.
+    """``module`` cannot compute a call as asked for: one warning per model and reason; strict: an error.
 
     ``reason`` must not depend on the batch, or every batch would warn. Raises UsageError under ``strict``.
     """
