@@ -186,13 +186,8 @@ def _print_plan(
 
 def planned_steps(trainer: Any) -> tuple[int, int]:
     """Return (optimizer steps of the run, optimizer steps of one epoch)."""
-    from camtl.training.sampling import build_sampler
-
     args = trainer.args
-    # The sampler knows the length of an epoch. The loader, which training makes, would be one too many.
-    trainer.train_sampler = build_sampler(
-        trainer.sampler, trainer.train_dataset.sizes, args.train_batch_size, trainer.data_seed, args
-    )
+    trainer.make_train_sampler()  # the loader, which training makes, would be one too many
     epoch_steps = trainer.updates_per_epoch()
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
     return steps, epoch_steps

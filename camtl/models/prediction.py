@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from camtl.data import MultiTaskCollator
 from camtl.errors import UsageError
 from camtl.models.packing import packs
 
@@ -123,6 +122,8 @@ class PredictionMixin:
 
     def _encode(self: Any, entries: list[tuple[str, ...]], tokenizer: Any, task_id: int) -> dict[str, Any]:
         """Tokenise singles and pairs (which may be mixed) into one batch, packed where that is faster."""
+        from camtl.data import MultiTaskCollator
+
         features = [
             {
                 **tokenizer(

@@ -19,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 from camtl._io import read_json, write_json
 from camtl._version import __version__
 from camtl.models.configuration import SWITCHES
+from camtl.models.packing import packs
 from camtl.tasks import Task
-from camtl.training import loader, resume
+from camtl.training import resume
 from camtl.training.arguments import SELECTION_SETTINGS, CaMtlTrainingArguments
 from camtl.training.callbacks import saved_patience
 from camtl.training.meter import TrainingMeter
@@ -113,7 +114,7 @@ class CheckpointingTrainer(Trainer):
             "world_size": args.world_size,
             "max_tokens_per_batch": args.max_tokens_per_batch,
             "grouped": args.groups_by_length,
-            **({"packed": loader.packs(self.model.config, args.device)} if self._batches_by_length else {}),
+            **({"packed": packs(self.model.config, args.device)} if self._batches_by_length else {}),
             "epoch": [args.epoch_mode, args.percent_of_max_data_size, args.uniform_mt_sampling],
             "seed": self.data_seed,
             **{name: getattr(config, name) for name in (*_SIZES, *SWITCHES)},

@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, PredictionOutput, Train
 
 from camtl.data import MultiTaskDataset
 from camtl.errors import UsageError
+from camtl.models.packing import packs
 from camtl.tasks import Task
 from camtl.training import evaluation, history, loader, optimizer
 from camtl.training.arguments import CaMtlTrainingArguments
@@ -149,15 +150,19 @@ class CaMtlTrainer(CheckpointingTrainer):
         return int(own if own is not None else (self.model.config.pad_token_id or 0))
 
     # -- loader
+    def make_train_sampler(self) -> Any:
+        """The stream of the run's batches, which knows the length of an epoch; becomes ``train_sampler``."""
+        self.packed = packs(self.model.config, self.args.device)
+        self.train_sampler = build_sampler(
+            self.sampler, self.train_dataset, self._train_batch_size, self.data_seed, self.args, self.packed
+        )
+        return self.train_sampler
+
     def get_train_dataloader(self) -> DataLoader:
         """The loader of mixed batches; of candidates, if the sampler leaves the choice to the trainer."""
         info = self.model.config.task_info
         names = [entry["name"] for entry in info]
-        self.packed = loader.packs(self.model.config, self.args.device)
-        sampler = build_sampler(
-            self.sampler, self.train_dataset, self._train_batch_size, self.data_seed, self.args, self.packed
-        )
-        self.train_sampler = sampler
+        sampler = self.make_train_sampler()
         self._selector = None
         if sampler.selects:
             self._selector = UncertaintySelector.from_arguments(
