@@ -37,6 +37,7 @@ _MODEL = {
     "inference": "inference",
     "uncertainty step": "uncertainty",
     "hypernetwork": "hypernetwork",
+    "fused BERT": "fused",
 }
 
 

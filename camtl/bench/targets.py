@@ -94,6 +94,7 @@ GPU, CPU = "cuda", "cpu"
 FILM, NORM, ATTENTION = "film", "conditional_layer_norm", "conditional_attention"
 BOTTLENECK, LOSS, SELECT = "conditional_bottleneck", "multitask_loss", "select_uncertain"
 STEP, INFERENCE, UNCERTAINTY = "training step", "inference", "uncertainty step"
+FUSED = "fused BERT"
 BF16: dict[str, Any] = {"dtype": "bfloat16", "tokens": LARGE}
 BERT = ("BERT", "compile", "!frozen")
 GLUE = ("GLUE",)
@@ -322,6 +323,18 @@ TARGETS: tuple[Target, ...] = (
         "packed against the padded eager step, on real GLUE lengths",
         2.0,
         ratio(STEP, "eager", "!BERT", part="step", ours=["packed"], has=GLUE),
+    ),
+    _cpu(
+        INFERENCE,
+        "packed against the padded eager model, on real GLUE lengths",
+        2.0,
+        ratio(INFERENCE, "eager", "!BERT", part="forward", ours=["packed"], has=GLUE),
+    ),
+    _cpu(
+        FUSED,
+        "packed against the model as it was, inference on real GLUE lengths",
+        1.5,
+        ratio(FUSED, "sdpa", "!compile", part="forward", ours=["packed"], has=GLUE),
     ),
     _cpu(
         UNCERTAINTY,

@@ -42,6 +42,8 @@ def test_the_list_is_whole() -> None:
         ("cpu", "conditional_layer_norm"): 2,
         ("cpu", "conditional_attention"): 2,
         ("cpu", "training step"): 1,
+        ("cpu", "inference"): 1,
+        ("cpu", "fused BERT"): 1,
         ("cpu", "uncertainty step"): 1,
         ("cpu", "start-up"): 4,
     }

