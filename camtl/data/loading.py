@@ -91,19 +91,27 @@ def prepare_rows(
 
     A missing column raises :class:`UsageError` with the columns there are.
     """
-    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Dataset, Features
 
     _require_columns(task, list(columns), allow_unlabelled, source)
     where = where or (lambda row: f"{source}, row {row + 1}")
     out = task.task_type.prepare(task, columns, where, allow_unlabelled)
-    features: dict[str, Any] = {name: Value("string") for name in task.text_columns}
-    if task.label_column in out:
-        if task.labels:
-            features[task.label_column] = ClassLabel(names=list(task.labels))
-            out[task.label_column] = [-1 if label is None else label for label in out[task.label_column]]
-        else:
-            features[task.label_column] = Value("float64")
+    described = task.task_type.features(task)
+    features = {name: _feature(described[name], task) for name in out}
+    for name in (name for name in out if described[name] == "label"):
+        out[name] = [-1 if label is None else label for label in out[name]]
     return Dataset.from_dict(out, features=Features(features))
+
+
+def _feature(described: Any, task: Task) -> Any:
+    """What a task type says of a column, as a feature of ``datasets``."""
+    from datasets import ClassLabel, List, Value
+
+    if isinstance(described, list):
+        return List(_feature(described[0], task))
+    if isinstance(described, dict):
+        return {name: _feature(part, task) for name, part in described.items()}
+    return ClassLabel(names=list(task.labels or ())) if described == "label" else Value(described)
 
 
 def prepare_dataset(
@@ -118,16 +126,22 @@ def prepare_dataset(
 
     source = source or f"the data set of task {task.name!r}"
     _require_columns(task, dataset.column_names, allow_unlabelled, source)
-    names = [n for n in (*task.text_columns, task.label_column) if n in dataset.column_names]
+    names = [n for n in (*task.task_type.columns(task), task.label_column) if n in dataset.column_names]
     columns: dict[str, Sequence[Any]] = {name: dataset[name][:] for name in names}
     feature = dataset.features.get(task.label_column)
+    listed = getattr(feature, "feature", None)
     if isinstance(feature, ClassLabel) and task.labels:
         columns[task.label_column] = _by_class_name(task, feature.names, columns[task.label_column], source)
+    elif isinstance(listed, ClassLabel) and task.labels:
+        columns[task.label_column] = [
+            None if ids is None else _by_class_name(task, listed.names, ids, source)
+            for ids in columns[task.label_column]
+        ]
     return prepare_rows(task, columns, allow_unlabelled=allow_unlabelled, source=source)
 
 
 def _require_columns(task: Task, there: Sequence[str], allow_unlabelled: bool, source: str) -> None:
-    needed = [*task.text_columns, *([] if allow_unlabelled else [task.label_column])]
+    needed = [*task.task_type.columns(task), *([] if allow_unlabelled else [task.label_column])]
     missing = [name for name in needed if name not in there]
     if missing:
         raise UsageError(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Part of the cache key: raise it whenever the meaning or form of tokenised rows changes.
-CACHE_VERSION = 1
-TOKENISED_COLUMNS = ("input_ids", "token_type_ids", "labels", "length")
+CACHE_VERSION = 2
+TOKENISED_COLUMNS = (
+    "input_ids",
+    "token_type_ids",
+    "labels",
+    "token_marks",
+    "token_labels",
+    "token_begin",
+    "token_end",
+    "row",
+    "length",
+)
 _BATCH = 1000
 _PROGRESS_FROM = 20_000
 
@@ -47,8 +57,11 @@ def tokenize(
     cut to ``max_seq_length`` tokens, a pair by taking tokens from the longer text first; nothing is padded.
 
     Returns a Dataset with ``input_ids`` (list of int32), ``token_type_ids`` (list of int8, zeros if the
-    tokenizer has none), ``labels`` (float32: class id or number; NaN for a row without label; absent if no
-    row has one) and ``length`` (int32, tokens of the row).
+    tokenizer has none) and ``length`` (int32, tokens of the sequence), and what the task's type adds:
+    ``labels`` (float32: class id or number, NaN for a row without label; a list of a 0 or 1 for every class
+    of a multi-label task; absent if no row has one), ``token_marks`` (list of int8), ``token_labels``,
+    ``token_begin``, ``token_end`` (lists of int32) and ``row`` (int32, the number of the row that a sequence
+    is a part of; absent where every row is one sequence). See :meth:`camtl.tasks.TaskType.encode`.
 
     The cache (``cache_dir``, default the one of ``datasets``) is keyed by the rows, the task's columns and
     labels, the tokenizer's whole definition, the length and this code's version.
@@ -60,42 +73,33 @@ def tokenize(
         raise UsageError(
             f"task {task.name!r}: no rows to tokenise{f' in {description}' if description else ''}"
         )
-    least = tokenizer.num_special_tokens_to_add(pair=task.is_pair) + (2 if task.is_pair else 1)
+    least = task.task_type.shortest(task, tokenizer)
     if max_seq_length < least:
         raise UsageError(
             f"max_seq_length {max_seq_length} is too short for task {task.name!r}; at least {least}"
         )
-    texts = [dataset[column][:] for column in task.text_columns]
-    labels = dataset[task.label_column][:] if task.label_column in dataset.column_names else None
-    key = _key(task, texts, labels, tokenizer, max_seq_length)
+    columns = {name: dataset[name][:] for name in dataset.column_names}
+    key = _key(task, columns, tokenizer, max_seq_length)
     path = _cache_folder(cache_dir) / f"{task.name}-{len(dataset)}-{key[:24]}.arrow"
-    cached = _read_cache(path, len(dataset))
+    cached = _read_cache(path)
     if cached is not None:
         return cached
-    batches = _tokenised(task, texts, labels, tokenizer, max_seq_length, description=description)
+    batches = _tokenised(task, columns, tokenizer, max_seq_length, description=description)
     return _write_cache(path, batches, key)
 
 
 def _tokenised(
     task: Task,
-    texts: Sequence[list[str]],
-    labels: list[Any] | None,
+    columns: Mapping[str, Sequence[Any]],
     tokenizer: Any,
     max_seq_length: int,
     *,
     description: str,
 ) -> Iterator[dict[str, list[Any]]]:
-    import numpy as np
     from tqdm.auto import tqdm
 
-    rows = len(texts[0])
-    values = None
-    if labels is not None:
-        missing = -1 if task.labels else None
-        numbers = [float("nan") if v is None or v == missing else float(v) for v in labels]
-        values = np.asarray(numbers, dtype=np.float32)
-        if np.isnan(values).all():
-            values = None
+    rows = len(columns[task.text_columns[0]])
+    labelled = _labelled(task, columns)
     bar = tqdm(
         total=rows,
         desc=f"tokenising {description or task.name}",
@@ -104,42 +108,41 @@ def _tokenised(
     )
     with bar:
         for start in range(0, rows, _BATCH):
-            part = [column[start : start + _BATCH] for column in texts]
-            encoded = tokenizer(
-                *part,
-                truncation="longest_first",
-                max_length=max_seq_length,
-                padding=False,
-                add_special_tokens=True,
-                return_token_type_ids=True,
-                return_attention_mask=False,
-            )
-            ids = encoded["input_ids"]
-            types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
-            batch = {"input_ids": ids, "token_type_ids": types, "length": [len(row) for row in ids]}
-            if values is not None:
-                batch["labels"] = values[start : start + _BATCH].tolist()
+            part = {name: values[start : start + _BATCH] for name, values in columns.items()}
+            batch = task.task_type.encode(task, part, tokenizer, max_seq_length)
+            batch["length"] = [len(ids) for ids in batch["input_ids"]]
+            if "row" in batch:
+                batch["row"] = [start + row for row in batch["row"]]
+            if not labelled:
+                batch.pop("labels", None)
+                batch.pop("token_labels", None)
             yield batch
-            bar.update(len(ids))
+            bar.update(len(part[task.text_columns[0]]))
 
 
-def _key(
-    task: Task, texts: Sequence[list[str]], labels: list[Any] | None, tokenizer: Any, max_seq_length: int
-) -> str:
+def _labelled(task: Task, columns: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether any row has a label."""
+    labels = columns.get(task.label_column)
+    missing = -1 if task.task_type.features(task)[task.label_column] == "label" else None
+    return labels is not None and any(label is not None and label != missing for label in labels)
+
+
+def _key(task: Task, columns: Mapping[str, Sequence[Any]], tokenizer: Any, max_seq_length: int) -> str:
     digest = hashlib.sha256()
     about = {
         "version": CACHE_VERSION,
-        "task": [task.name, task.type, task.text_columns, task.label_column, task.labels],
+        "task": [task.name, task.type, task.text_columns, task.label_column, task.labels, task.options],
+        "columns": list(columns),
         "max_seq_length": max_seq_length,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
     digest.update(json.dumps(about, sort_keys=True).encode())
-    for column in texts:
-        for text in column:
+    for column in columns.values():
+        for value in column:
+            text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
             data = text.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
-    digest.update(repr(labels).encode())
     return digest.hexdigest()
 
 
@@ -175,7 +178,7 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     return Path(cache_dir if cache_dir is not None else datasets.config.HF_DATASETS_CACHE) / "camtl-tokenised"
 
 
-def _read_cache(path: Path, rows: int) -> Dataset | None:
+def _read_cache(path: Path) -> Dataset | None:
     import pyarrow as pa
     from datasets import Dataset
 
@@ -186,7 +189,7 @@ def _read_cache(path: Path, rows: int) -> Dataset | None:
     except (OSError, ValueError, pa.ArrowException) as error:
         logger.warning("the cache file %s cannot be read (%s) and is made anew", path, error)
         return None
-    if len(dataset) != rows or not is_tokenised(dataset):
+    if len(dataset) == 0 or not is_tokenised(dataset):
         logger.warning("the cache file %s is not whole and is made anew", path)
         return None
     return dataset
@@ -198,16 +201,24 @@ def _write_cache(path: Path, batches: Iterator[dict[str, list[Any]]], key: str) 
     from datasets import Dataset, Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    types = {
+    types: dict[str, Any] = {
         "input_ids": List(Value("int32")),
         "token_type_ids": List(Value("int8")),
         "labels": Value("float32"),
+        "token_marks": List(Value("int8")),
+        "token_labels": List(Value("int32")),
+        "token_begin": List(Value("int32")),
+        "token_end": List(Value("int32")),
+        "row": Value("int32"),
+        "length": Value("int32"),
     }
-    types["length"] = Value("int32")
     features: Features | None = None
     tables: list[pa.Table] = []
     for batch in batches:
-        features = features or Features({name: types[name] for name in TOKENISED_COLUMNS if name in batch})
+        if features is None:
+            if isinstance(batch.get("labels", [0])[0], list):
+                types["labels"] = List(Value("float32"))
+            features = Features({name: types[name] for name in TOKENISED_COLUMNS if name in batch})
         # Arrow at once: as Python lists a large task would take ten times the memory.
         tables.append(pa.table({name: batch[name] for name in features}, schema=features.arrow_schema))
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")

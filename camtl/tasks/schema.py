@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from camtl.errors import UsageError
-from camtl.tasks.metrics import METRICS
 from camtl.tasks.types import TaskType, get_task_type
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
@@ -65,6 +64,7 @@ class Task(BaseModel):
     labels: tuple[ClassName, ...] | None = None
     metrics: Annotated[tuple[str, ...], Names] = ()
     label_range: tuple[float, float] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
     eval_splits: Annotated[tuple[str, ...], Names] = ("validation",)
     files: dict[str, str] | None = None
     source: Source | None = None
@@ -93,16 +93,22 @@ class Task(BaseModel):
                 "use letters, "
                 "digits, _ and -, starting with a letter or digit"
             )
-        if not 1 <= len(self.text_columns) <= 2:
-            raise ValueError(f"text_columns: one or two columns are needed, {len(self.text_columns)} given")
-        columns = [*self.text_columns, self.label_column]
+        least, most = self.task_type.texts
+        if not least <= len(self.text_columns) <= (most or len(self.text_columns)):
+            wanted = _number_of_columns(least, most)
+            raise ValueError(f"text_columns: {wanted} needed, {len(self.text_columns)} given")
+        for option in self.options:
+            if option not in self.task_type.options:
+                known = ", ".join(self.task_type.options) or "none"
+                raise ValueError(f"options: {option!r} is no option of {self.type}; known: {known}")
+        columns = [*self.task_type.columns(self), self.label_column]
         if len(set(columns)) != len(columns):
             raise ValueError(
                 f"text_columns, label_column: each must be another column; given: {', '.join(columns)}"
             )
         known = self.task_type.metrics
         for metric in self.metrics:
-            if metric not in known or metric not in METRICS:
+            if metric not in known:
                 raise ValueError(
                     f"metrics: {metric!r} is no metric of {self.type}; choose from {', '.join(known)}"
                 )
@@ -125,6 +131,10 @@ class Task(BaseModel):
         """Outputs of the task's head: its classes, or 1 for regression."""
         return self.task_type.head(self).outputs
 
+    def option(self, name: str) -> Any:
+        """The value of an option of the task's type: as given, else the type's default."""
+        return self.options.get(name, self.task_type.options[name])
+
     @property
     def is_pair(self) -> bool:
         """Whether a row holds two texts."""
@@ -142,6 +152,7 @@ class Task(BaseModel):
             "num_labels": self.num_labels,
             "labels": list(self.labels) if self.labels else None,
             "loss": self.task_type.loss,
+            "reads": self.task_type.head(self).reads,
             "label_mean": None,
             "label_std": None,
             "text_columns": list(self.text_columns),
@@ -149,6 +160,7 @@ class Task(BaseModel):
             "metrics": list(self.metrics),
             "label_range": list(self.label_range) if self.label_range else None,
             "eval_splits": list(self.eval_splits),
+            **({"options": self.options} if self.options else {}),
         }
 
     @classmethod
@@ -171,6 +183,16 @@ class Task(BaseModel):
                 + ("say which one" if name is None else f"there is no {name!r}")
             )
         return chosen[0]
+
+
+def _number_of_columns(least: int, most: int | None) -> str:
+    names = {1: "one", 2: "two", 3: "three"}
+    low, high = names.get(least, str(least)), names.get(most or 0, str(most))
+    if most is None:
+        return f"{low} or more columns are"
+    if least == most:
+        return f"{low} column{' is' if least == 1 else 's are'}"
+    return f"{low} {'or' if most == least + 1 else 'to'} {high} columns are"
 
 
 def _one_line(error: ValidationError, data: dict[str, Any]) -> str:

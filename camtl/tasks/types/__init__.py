@@ -9,13 +9,19 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from camtl.errors import UsageError
-from camtl.tasks.types.base import HeadSpec, TaskType
+from camtl.tasks.types.base import HeadSpec, Outputs, TaskType
+from camtl.tasks.types.choice import Choice
 from camtl.tasks.types.classification import Classification
+from camtl.tasks.types.multi_label import MultiLabel
 from camtl.tasks.types.regression import Regression
+from camtl.tasks.types.tagging import Tagging
 
 TASK_TYPES: dict[str, TaskType] = {
     "classification": Classification(),
     "regression": Regression(),
+    "multi_label": MultiLabel(),
+    "tagging": Tagging(),
+    "choice": Choice(),
 }
 
 
@@ -37,9 +43,13 @@ def get_task_type(name: str) -> TaskType:
 
 __all__ = [
     "TASK_TYPES",
+    "Choice",
     "Classification",
     "HeadSpec",
+    "MultiLabel",
+    "Outputs",
     "Regression",
+    "Tagging",
     "TaskType",
     "get_task_type",
     "register_task_type",

@@ -6,11 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from camtl.tasks.metrics import METRICS
-from camtl.tasks.types.base import HeadSpec, TaskType, check_scores, is_missing
+from camtl.tasks.types.base import Columns, HeadSpec, Outputs, TaskType, check_scores, is_missing, softmax
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from camtl.tasks.schema import Task
 
 _SHOWN_NAMES = 12
@@ -23,82 +21,31 @@ class Classification(TaskType):
     loss = "ce"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "macro_f1", "matthews_correlation")
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    plain = True
 
     def check(self, task: Task) -> None:
         """Labels: two or more, distinct; binary F1 only for two classes."""
-        if not task.labels or len(task.labels) < 2:
-            given = "none" if not task.labels else f"only {task.labels[0]!r}"
-            raise ValueError(
-                "labels: a classification task needs the names of its classes, two or more, in the order "
-                f"of their ids; given: {given}"
-            )
-        if len(set(task.labels)) != len(task.labels):
-            twice = sorted({name for name in task.labels if task.labels.count(name) > 1})
-            raise ValueError(f"labels: class names must differ; more than once: {', '.join(twice)}")
-        if "f1" in task.metrics and len(task.labels) != 2:
+        check_classes(task)
+        if "f1" in task.metrics and len(task.labels or ()) != 2:
             raise ValueError(
                 "metrics: f1 is for two classes (it scores the class with id 1), this task has "
-                f"{len(task.labels)}; use macro_f1"
+                f"{len(task.labels or ())}; use macro_f1"
             )
 
     def prepare_label(self, task: Task, value: Any) -> int | None:
         """A class id from a name, an id, or either written as text; None, "" and -1 mean no label."""
-        names = task.labels or ()
-        given = value
-        if is_missing(value):
-            return None
-        if isinstance(value, str):
-            value = value.strip()
-            if value in names:
-                return names.index(value)
-            if not value:
-                return None
-            number = _as_int(value)
-            if number is not None and str(number) in names:
-                return names.index(str(number))
-        elif isinstance(value, bool):
-            for text in (str(value).lower(), str(value)):
-                if text in names:
-                    return names.index(text)
-            number = int(value)
-        elif isinstance(value, (int, float)):
-            number = _as_int(value)
-            if number is not None and str(number) in names:
-                return names.index(str(number))
-        else:
-            number = None
-        if number is not None:
-            # Classes that are themselves called "1", "2", ...: a number is a name there, never also an id.
-            named_by_numbers = any(_as_int(name) is not None for name in names)
-            if 0 <= number < len(names) and not named_by_numbers:
-                return number
-            if number == -1:
-                return None
-        shown = ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
-        ids = (
-            f" (or their ids 0 to {len(names) - 1})" if not any(_as_int(n) is not None for n in names) else ""
-        )
-        hint = ""
-        if _is_decimal(given):
-            hint = "; if the column holds scores, declare the task with type: regression"
-        raise ValueError(f"label {given!r} is none of the task's labels: {shown}{ids}{hint}")
+        return class_id(task, value)
 
     def head(self, task: Task) -> HeadSpec:
         """One output per class."""
         return HeadSpec(outputs=len(task.labels or ()))
 
-    def decode(
-        self, logits: np.ndarray, task: Task, mean: float = 0.0, deviation: float = 1.0
-    ) -> list[dict[str, Any]]:
+    def decode(self, outputs: Outputs, task: Task) -> list[dict[str, Any]]:
         """``{"label", "score", "probabilities": {name: p}}`` per row; score is the label's probability."""
-        import numpy as np
-
+        assert outputs.logits is not None
         names = task.labels or ()
-        own = np.asarray(logits, dtype=np.float64)[:, : len(names)]
-        own = np.exp(own - own.max(axis=1, keepdims=True))
-        own /= own.sum(axis=1, keepdims=True)
         rows = []
-        for p in own:
+        for p in softmax(outputs.logits[:, : len(names)]):
             best = int(p.argmax())
             rows.append(
                 {
@@ -109,15 +56,79 @@ class Classification(TaskType):
             )
         return rows
 
-    def compute_metrics(self, logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, float]:
+    def compute_metrics(self, outputs: Outputs, task: Task) -> dict[str, float]:
         """Metrics of the most probable class against the labels."""
         import numpy as np
 
-        logits, labels = np.asarray(logits), np.asarray(labels)
-        n = len(task.labels or ())
-        check_scores(logits, labels, n, task)
-        predictions = logits[:, :n].argmax(axis=1)
+        logits, labels = check_scores(outputs, len(task.labels or ()), task)
+        predictions = logits.argmax(axis=1)
         return {name: METRICS[name](predictions, labels.astype(np.int64)) for name in task.metrics}
+
+    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
+        """The most frequent class (the lower id of equals)."""
+        import numpy as np
+
+        classes, counts = np.unique(np.asarray(train[task.label_column]), return_counts=True)
+        labels = np.asarray(rows[task.label_column])
+        predictions = np.full(len(labels), classes[int(counts.argmax())])
+        return {name: METRICS[name](predictions, labels) for name in task.metrics}
+
+
+def check_classes(task: Task) -> None:
+    """Two or more distinct class names; ``ValueError`` if not."""
+    if not task.labels or len(task.labels) < 2:
+        given = "none" if not task.labels else f"only {task.labels[0]!r}"
+        raise ValueError(
+            f"labels: a {task.type} task needs the names of its classes, two or more, in the order "
+            f"of their ids; given: {given}"
+        )
+    if len(set(task.labels)) != len(task.labels):
+        twice = sorted({name for name in task.labels if task.labels.count(name) > 1})
+        raise ValueError(f"labels: class names must differ; more than once: {', '.join(twice)}")
+
+
+def class_id(task: Task, value: Any) -> int | None:
+    """A class id from a name, an id, or either written as text; None, "" and -1 mean no label.
+
+    Anything else raises ``ValueError``.
+    """
+    names = task.labels or ()
+    given = value
+    if is_missing(value):
+        return None
+    if isinstance(value, str):
+        value = value.strip()
+        if value in names:
+            return names.index(value)
+        if not value:
+            return None
+        number = _as_int(value)
+        if number is not None and str(number) in names:
+            return names.index(str(number))
+    elif isinstance(value, bool):
+        for text in (str(value).lower(), str(value)):
+            if text in names:
+                return names.index(text)
+        number = int(value)
+    elif isinstance(value, (int, float)):
+        number = _as_int(value)
+        if number is not None and str(number) in names:
+            return names.index(str(number))
+    else:
+        number = None
+    if number is not None:
+        # Classes that are themselves called "1", "2", ...: a number is a name there, never also an id.
+        named_by_numbers = any(_as_int(name) is not None for name in names)
+        if 0 <= number < len(names) and not named_by_numbers:
+            return number
+        if number == -1:
+            return None
+    shown = ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
+    ids = f" (or their ids 0 to {len(names) - 1})" if not any(_as_int(n) is not None for n in names) else ""
+    hint = ""
+    if _is_decimal(given):
+        hint = "; if the column holds scores, declare the task with type: regression"
+    raise ValueError(f"label {given!r} is none of the task's labels: {shown}{ids}{hint}")
 
 
 def _as_int(value: str | int | float) -> int | None:

@@ -6,11 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from camtl.tasks.metrics import METRICS
-from camtl.tasks.types.base import HeadSpec, TaskType, check_scores, is_missing
+from camtl.tasks.types.base import Columns, HeadSpec, Outputs, TaskType, check_scores, is_missing
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from camtl.tasks.schema import Task
 
 
@@ -21,6 +19,7 @@ class Regression(TaskType):
     loss = "mse"
     metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearmanr")
     default_metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearmanr")
+    plain = True
 
     def check(self, task: Task) -> None:
         """No class names."""
@@ -54,17 +53,19 @@ class Regression(TaskType):
         """One output."""
         return HeadSpec(outputs=1)
 
-    def decode(
-        self, logits: np.ndarray, task: Task, mean: float = 0.0, deviation: float = 1.0
-    ) -> list[dict[str, Any]]:
+    def decode(self, outputs: Outputs, task: Task) -> list[dict[str, Any]]:
         """``{"score": number}`` per row, in the labels' own scale."""
-        return [{"score": float(value) * deviation + mean} for value in logits[:, 0]]
+        assert outputs.logits is not None
+        return [{"score": float(v) * outputs.deviation + outputs.mean} for v in outputs.logits[:, 0]]
 
-    def compute_metrics(self, logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, float]:
+    def compute_metrics(self, outputs: Outputs, task: Task) -> dict[str, float]:
         """Correlations of column 0 with the labels (they do not depend on the scale)."""
         import numpy as np
 
-        logits, labels = np.asarray(logits), np.asarray(labels)
-        check_scores(logits, labels, 1, task)
+        logits, labels = check_scores(outputs, 1, task)
         predictions = logits[:, 0].astype(np.float64)
         return {name: METRICS[name](predictions, labels.astype(np.float64)) for name in task.metrics}
+
+    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
+        """The mean of the training labels; a constant correlates with nothing."""
+        return dict.fromkeys(task.metrics, 0.0)

@@ -1,0 +1,219 @@
+"""Multiple choice: one of several texts that go with another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from camtl.errors import UsageError
+from camtl.tasks.types._places import first_token
+from camtl.tasks.types.base import (
+    Columns,
+    HeadSpec,
+    Outputs,
+    TaskType,
+    Where,
+    as_text,
+    count,
+    encode_texts,
+    is_missing,
+    softmax,
+)
+
+if TYPE_CHECKING:
+    from camtl.tasks.schema import Task
+
+
+class Choice(TaskType):
+    """``text_columns`` hold what is asked, ``options: {choices: [...]}`` names the columns of the choices, or
+    one column that holds a list of them. The label is the number of the right one, from 0.
+
+    All choices are read in one sequence, each behind a separator; the first token of a choice stands for it
+    and gets its score, and the scores of a sequence go through one softmax. ``options: {values: {column:
+    {value: text}}}`` replaces values of a text column by what should be read (``cause`` by "What was the
+    cause?").
+    """
+
+    name = "choice"
+    loss = "ce"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    texts = (1, None)
+    options: ClassVar[dict[str, Any]] = {"choices": (), "values": {}}
+
+    def check(self, task: Task) -> None:
+        """Columns of choices; replacements of columns that are read."""
+        if task.labels:
+            raise ValueError("labels: a choice task has no class names; its label is the number of a choice")
+        choices = task.option("choices")
+        if isinstance(choices, str) or not choices or not all(isinstance(name, str) for name in choices):
+            raise ValueError(
+                "options: choices must name the columns of the choices, or the one column that lists them; "
+                f"given {choices!r}"
+            )
+        for column in task.option("values"):
+            if column not in task.text_columns:
+                raise ValueError(f"options: values is about {column!r}, which is no text column")
+
+    def columns(self, task: Task) -> list[str]:
+        """Texts and choices."""
+        return [*task.text_columns, *task.option("choices")]
+
+    def features(self, task: Task) -> dict[str, Any]:
+        """Texts, choices, the number of the right one."""
+        names = task.option("choices")
+        choices = {names[0]: ["string"]} if len(names) == 1 else dict.fromkeys(names, "string")
+        return {**dict.fromkeys(task.text_columns, "string"), **choices, task.label_column: "int32"}
+
+    def prepare_label(self, task: Task, value: Any) -> int | None:
+        """The number of a choice; None, "" and -1 mean no label."""
+        if is_missing(value) or value == "":
+            return None
+        try:
+            number = int(float(value))
+        except (TypeError, ValueError):
+            number = -2
+        if number == -1:
+            return None
+        if number < 0 or number != float(value):
+            raise ValueError(f"label {value!r} is no number of a choice; they count from 0")
+        return number
+
+    def prepare(
+        self, task: Task, columns: Columns, where: Where, allow_unlabelled: bool = False
+    ) -> dict[str, list[Any]]:
+        """Texts as they will be read, and the choices."""
+        out = super().prepare(task, columns, where, allow_unlabelled)
+        for column, meant in task.option("values").items():
+            out[column] = [meant.get(value, value) for value in out[column]]
+        names = list(task.option("choices"))
+        for name in names:
+            own = columns[name]
+            if len(names) == 1:
+                out[name] = [_listed(value, name, where, i) for i, value in enumerate(own)]
+            else:
+                out[name] = [as_text(value, name, where, i) for i, value in enumerate(own)]
+        for i, (label, choices) in enumerate(
+            zip(out.get(task.label_column, ()), _choices(task, out), strict=False)
+        ):
+            if label is not None and label >= len(choices):
+                raise UsageError(
+                    f"{where(i)}: task {task.name!r}: label {label} of {count(len(choices), 'choice')}, "
+                    "which count from 0"
+                )
+        return out
+
+    def encode(self, task: Task, rows: Columns, tokenizer: Any, max_length: int) -> dict[str, list[Any]]:
+        """Marks are 1 at the first token of each choice; ``token_begin`` is the choice's number."""
+        asked = [" ".join(texts) for texts in zip(*(rows[c] for c in task.text_columns), strict=True)]
+        separator = f" {tokenizer.sep_token} "
+        choices = _choices(task, rows)
+        encoded = tokenizer(
+            asked,
+            [separator.join(own) for own in choices],
+            truncation="only_first" if _room(choices, tokenizer, max_length, separator) else "longest_first",
+            max_length=max_length,
+            return_token_type_ids=True,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+        )
+        ids = encoded["input_ids"]
+        labels = rows.get(task.label_column)
+        out: dict[str, list[Any]] = {
+            "input_ids": ids,
+            "token_type_ids": encoded.get("token_type_ids") or [[0] * len(row) for row in ids],
+            "token_marks": [],
+            "token_begin": [],
+        }
+        if labels is not None:
+            out["token_labels"] = []
+        for i, own in enumerate(choices):
+            begins = [-1] * len(ids[i])
+            character = 0
+            for number, text in enumerate(own):
+                place = first_token(character, encoded["offset_mapping"][i], encoded.sequence_ids(i), 1)
+                if place is None or begins[place] >= 0:
+                    raise UsageError(
+                        f"task {task.name!r}: choice {number} ({text[:40]!r}) does not fit into "
+                        f"max_seq_length {max_length}; raise it"
+                    )
+                begins[place] = number
+                character += len(text) + len(separator)
+            out["token_begin"].append(begins)
+            out["token_marks"].append([int(number >= 0) for number in begins])
+            if labels is not None:
+                right = -2 if labels[i] is None else labels[i]
+                out["token_labels"].append([int(number == right) for number in begins])
+        return out
+
+    def shortest(self, task: Task, tokenizer: Any) -> int:
+        """A token of every text and choice, and what separates them."""
+        return int(tokenizer.num_special_tokens_to_add(pair=True)) + 2 * len(task.option("choices")) + 1
+
+    def row(self, task: Task, texts: Sequence[str]) -> dict[str, Any]:
+        """The texts that are asked, then the choices."""
+        asked, names = len(task.text_columns), list(task.option("choices"))
+        if len(texts) < asked + max(2, len(names)) or (len(names) > 1 and len(texts) > asked + len(names)):
+            many = " ..." if len(names) == 1 else ""
+            raise ValueError(f"reads {', '.join((*task.text_columns, *names))}{many}; given {len(texts)}")
+        choices: list[Any] = [list(texts[asked:])] if len(names) == 1 else list(texts[asked:])
+        return dict(zip((*task.text_columns, *names), (*texts[:asked], *choices), strict=True))
+
+    def head(self, task: Task) -> HeadSpec:
+        """One score at every choice."""
+        return HeadSpec(outputs=1, reads="positions")
+
+    def decode(self, outputs: Outputs, task: Task) -> list[dict[str, Any]]:
+        """``{"choice": number, "text", "score", "probabilities": [of each choice]}`` per row."""
+        texts = _choices(task, outputs.need_rows(task))
+        rows = []
+        for own, p in zip(texts, _probabilities(outputs), strict=True):
+            best = max(range(len(p)), key=p.__getitem__)
+            rows.append({"choice": best, "text": own[best], "score": p[best], "probabilities": p})
+        return rows
+
+    def compute_metrics(self, outputs: Outputs, task: Task) -> dict[str, float]:
+        """Share of rows whose most probable choice is the right one."""
+        labels = outputs.need_rows(task)[task.label_column]
+        if len(labels) == 0:
+            raise UsageError(f"task {task.name!r}: no rows to evaluate")
+        chosen = [max(range(len(p)), key=p.__getitem__) for p in _probabilities(outputs)]
+        return {"accuracy": sum(a == b for a, b in zip(chosen, labels, strict=True)) / len(labels)}
+
+    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
+        """The choice that is most often right."""
+        known = list(train[task.label_column])
+        usual = max(sorted(set(known)), key=known.count)
+        labels = list(rows[task.label_column])
+        return {"accuracy": labels.count(usual) / max(1, len(labels))}
+
+
+def _choices(task: Task, rows: Columns) -> list[list[str]]:
+    """The choices of every row."""
+    names = task.option("choices")
+    if len(names) == 1:
+        return [list(own) for own in rows[names[0]]]
+    return [list(own) for own in zip(*(rows[name] for name in names), strict=True)]
+
+
+def _listed(value: Any, name: str, where: Where, i: int) -> list[str]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, (list, tuple)) or len(value) < 2:
+        raise UsageError(f"{where(i)}: the column {name!r} must list two or more choices, given {value!r}")
+    return [as_text(text, name, where, i) for text in value]
+
+
+def _room(choices: Sequence[Sequence[str]], tokenizer: Any, max_length: int, separator: str) -> bool:
+    """Whether all choices fit beside a token of what is asked."""
+    ids = encode_texts([[separator.join(own) for own in choices]], tokenizer, 1 << 20)["input_ids"]
+    return max(map(len, ids)) + tokenizer.num_special_tokens_to_add(pair=True) < max_length
+
+
+def _probabilities(outputs: Outputs) -> list[list[float]]:
+    """Of the choices of every row, in their order."""
+    assert outputs.token_logits is not None
+    found = []
+    for begins, logits in zip(outputs.sequences["token_begin"], outputs.token_logits, strict=True):
+        places = sorted((number, place) for place, number in enumerate(begins) if number >= 0)
+        found.append([float(p) for p in softmax(logits[[place for _, place in places], 0])])
+    return found
