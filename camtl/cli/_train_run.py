@@ -100,7 +100,8 @@ def load_data(request: TrainRequest) -> dict[str, dict[str, Any]]:
 
 
 def _texts(task: Task, rows: Any) -> Any:
-    return (text for column in task.text_columns for text in rows[column])
+    cells = (cell for column in task.text_columns for cell in rows[column])
+    return (cell if isinstance(cell, str) else " ".join(cell) for cell in cells)
 
 
 def make_trainer(
@@ -171,17 +172,27 @@ def _print_plan(
     rows = []
     for task in request.tasks:
         splits = data[task.name]
-        answers = f"{task.num_labels} classes" if task.labels else "a number"
         evaluated = ", ".join(
             f"{len(part):,}" + ("" if split == "validation" else f" {split.removeprefix('validation_')}")
             for split, part in splits.items()
             if split != "train"
         )
         rows.append(
-            [task.name, "pair" if task.is_pair else "single", answers, f"{len(splits['train']):,}", evaluated]
+            [
+                task.name,
+                reads(task),
+                task.task_type.answers(task),
+                f"{len(splits['train']):,}",
+                evaluated,
+            ]
         )
     print_table(["task", "texts", "answers", "training rows", "validation rows"], rows, right={3, 4})
     print(flush=True)
+
+
+def reads(task: Task) -> str:
+    """How many texts a row has, as the tables say it."""
+    return {1: "single", 2: "pair"}.get(len(task.text_columns), f"{len(task.text_columns)} texts")
 
 
 def planned_steps(trainer: Any) -> tuple[int, int]:

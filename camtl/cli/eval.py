@@ -151,7 +151,8 @@ def _load(
 
 def _check_labels(task: Task, split: str, rows: Any) -> None:
     labels = rows[task.label_column][:] if task.label_column in rows.column_names else [None] * len(rows)
-    missing = sum(label is None or (task.labels is not None and label == -1) for label in labels)
+    is_class = task.task_type.features(task)[task.label_column] == "label"
+    missing = sum(label is None or (is_class and label == -1) for label in labels)
     if missing:
         raise UsageError(
             f"task {task.name!r}: {missing:,} of {len(labels):,} {split} rows have no label, so they cannot "

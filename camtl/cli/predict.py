@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """
 Label texts with a trained model. Texts come from --text, from a file, or, when neither is given, from stdin,
-one a line (pairs separated by a tab). A classification gives label, score and the probability of every label;
-a regression gives a score in the task's own units. Output is JSON Lines; on a terminal it is a small table.
+one row a line: a text, texts separated by tabs, or JSON with the task's columns. A classification gives label,
+score and the probability of every label; a regression gives a score in the task's own units; other tasks give
+tags, an answer and its place, or the number of a choice. Output is JSON Lines; on a terminal it is a small
+table.
 """
 _EXAMPLES = (
     ("one text", 'camtl predict runs/demo --task demo_sentiment --text "a dull and lifeless film"'),
@@ -97,7 +99,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     label = _labeller(folder, task, args.device, args.batch_size)
     if interactive:
-        what = "two texts separated by a tab" if task.is_pair else "a text"
+        what = "a text" if len(task.text_columns) == 1 else "the texts, separated by tabs,"
         print(f"{task.name}: type {what} and Enter; Ctrl-D ends", file=sys.stderr)
         for row in _stdin_rows(task):
             _print_table(label([row]))
@@ -128,10 +130,7 @@ def _labeller(
     model.eval()
 
     def label(rows: list[Row]) -> list[Row]:
-        texts = [tuple(row[column] for column in task.text_columns) for row in rows]
-        answers = model.predict(
-            [text if task.is_pair else text[0] for text in texts], task=task.name, batch_size=batch_size
-        )
+        answers = model.predict(rows, task=task.name, batch_size=batch_size)
         return [{**row, **_rounded(answer)} for row, answer in zip(rows, answers, strict=True)]
 
     return label
@@ -141,6 +140,8 @@ def _rounded(value: Any) -> Any:
     """Round to the digits that float32 can tell apart; more would only look exact."""
     if isinstance(value, dict):
         return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
@@ -173,11 +174,12 @@ def _in_chunks(
 
 
 def _row(task: Task, texts: Sequence[str], where: str) -> Row:
-    if len(texts) != len(task.text_columns):
-        wanted = f"two texts ({', '.join(task.text_columns)})" if task.is_pair else "one text"
-        hint = "" if task.is_pair or where != "--text" else "; repeat --text for several texts"
-        raise UsageError(f"{where}: the task {task.name} reads {wanted}, given {len(texts)}{hint}")
-    return dict(zip(task.text_columns, texts, strict=True))
+    try:
+        return task.task_type.row(task, texts)
+    except ValueError as error:
+        one = len(task.text_columns) == 1 and where == "--text"
+        hint = "; repeat --text for several texts" if one else ""
+        raise UsageError(f"{where}: the task {task.name} {error}{hint}") from None
 
 
 def _line_rows(lines: Iterable[str], task: Task, name: str) -> Iterator[Row]:
@@ -187,9 +189,30 @@ def _line_rows(lines: Iterable[str], task: Task, name: str) -> Iterator[Row]:
         if not line.strip():
             blank += 1
             continue
-        yield _row(task, line.split("\t") if task.is_pair else [line], f"{name}, line {number}")
+        where = f"{name}, line {number}"
+        if line.startswith("{"):
+            yield _json_row(task, line, where)
+        else:
+            one = len(task.task_type.columns(task)) == 1
+            yield _row(task, [line] if one else line.split("\t"), where)
     if blank:
         print(f"camtl: {name}: skipped {blank:,} blank lines", file=sys.stderr)
+
+
+def _json_row(task: Task, line: str, where: str) -> Row:
+    """A line of JSON Lines with the task's columns; other columns are kept, as they are."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where}: not JSON ({error.msg})") from None
+    missing = [column for column in task.task_type.columns(task) if column not in row]
+    if missing:
+        raise UsageError(f"{where}: has no {missing[0]!r}; the task {task.name} reads {_names(task)}")
+    return dict(row)
+
+
+def _names(task: Task) -> str:
+    return ", ".join(task.task_type.columns(task))
 
 
 def _stdin_rows(task: Task) -> Iterator[Row]:
@@ -208,25 +231,32 @@ def _file_rows(path: str, task: Task) -> list[Row]:
     from camtl.data.files import read_table
 
     table = read_table(path)
-    missing = [column for column in task.text_columns if column not in table.columns]
+    read = task.task_type.columns(task)
+    missing = [column for column in read if column not in table.columns]
     if missing:
         raise UsageError(
             f"{path}: the task {task.name} reads the column{'s' if len(missing) > 1 else ''} "
             f"{', '.join(map(repr, missing))}; the columns there are: {', '.join(table.columns)}"
         )
-    kept = [column for column in _KEPT if column in table.columns and column not in task.text_columns]
-    texts = {column: table.columns[column] for column in task.text_columns}
+    kept = [column for column in _KEPT if column in table.columns and column not in read]
     columns = {column: table.columns[column] for column in kept}
-    columns |= task.task_type.prepare(task, texts, table.where, allow_unlabelled=True)
+    columns |= task.task_type.prepare(
+        task, {column: table.columns[column] for column in read}, table.where, allow_unlabelled=True
+    )
     return [{column: values[number] for column, values in columns.items()} for number in range(len(table))]
 
 
 def _flat(row: Row) -> Row:
-    """Give every probability a column of its own, for tables."""
-    flat = {name: value for name, value in row.items() if name != "probabilities"}
-    for name, value in row.get("probabilities", {}).items():
-        flat[f"probability_{name}"] = value
-    return flat
+    """Give every probability a column of its own; what is a list or a mapping otherwise is written as JSON."""
+    probabilities = row.get("probabilities", {})
+    if isinstance(probabilities, list):
+        probabilities = dict(enumerate(probabilities))
+    flat = {
+        name: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+        for name, value in row.items()
+        if name != "probabilities"
+    }
+    return flat | {f"probability_{name}": value for name, value in probabilities.items()}
 
 
 def _write(path: str, rows: list[Row]) -> None:
@@ -248,10 +278,14 @@ def _print_table(rows: list[Row]) -> None:
 
     if not rows:
         return
-    names = list(rows[0])
-    header = [name for name in names if name != "probabilities"]
-    body = [
-        [f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in header]
-        for row in rows
-    ]
-    print_table(header, body, right=[header.index("score")])
+    header = [name for name in rows[0] if name not in ("probabilities", "n_best", "scores")]
+    body = [[_cell(row[name]) for name in header] for row in rows]
+    print_table(header, body, right=[header.index("score")] if "score" in header else [])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return " ".join(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,14 +86,15 @@ def _list(argv: Sequence[str]) -> int:
     rows = [
         [
             task.name,
-            "regression" if task.type == "regression" else f"{task.num_labels} classes",
-            "pair" if task.is_pair else "single",
+            task.type,
+            task.task_type.answers(task),
+            str(len(task.text_columns)),
             ", ".join(metric_title(metric) for metric in task.metrics),
             _source(task, args.tasks_file if name in own else None),
         ]
         for name, task in tasks.items()
     ]
-    print_table(["task", "answers", "texts", "metrics", "rows from"], rows)
+    print_table(["task", "type", "answers", "texts", "metrics", "rows from"], rows)
     print()
     for name, members in GROUPS.items():
         print(f"group {name}: {','.join(members)}")
@@ -161,14 +163,14 @@ def _check_task(args: argparse.Namespace) -> int:
     if others:
         raise UsageError(f"{args.name!r} is a group; check its tasks one by one: {task.name}, ...")
     bad = 0
-    rows: dict[str, list[tuple[str, ...]]] = {}
+    rows: dict[str, list[str]] = {}
     tables = _tables(task, args.data_dir)
     for split, table in tables.items():
         good, problems = _rows(task, table, allow_unlabelled=split == "test")
         heading = f"{split}: {table.path}, {len(table):,} rows"
         _describe(task, heading, good, problems, args.max_errors)
         bad += len(problems)
-        rows[split] = [row[:-1] for row in good]
+        rows[split] = [_key(row) for row, _ in good]
     if "train" in rows:
         known = set(rows["train"])
         for split, texts in rows.items():
@@ -209,9 +211,11 @@ def _tables(task: Task, data_dir: str | None) -> dict[str, Table]:
     return {split: read_table(path) for split, path in files.items()}
 
 
-def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[list[tuple[Any, ...]], list[str]]:
-    """Sort a table's rows into usable ones (texts, and label or None) and messages about the others."""
-    names = [*task.text_columns, task.label_column]
+def _rows(
+    task: Task, table: Table, allow_unlabelled: bool
+) -> tuple[list[tuple[dict[str, Any], Any]], list[str]]:
+    """Sort a table's rows into usable ones (what is read, and label or None) and messages about the others."""
+    names = [*task.task_type.columns(task), task.label_column]
     if allow_unlabelled and task.label_column not in table.columns:
         names.remove(task.label_column)
     missing = [name for name in names if name not in table.columns]
@@ -220,7 +224,7 @@ def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[list[tuple[
             f"{table.path}: task {task.name!r} needs the column {missing[0]!r}; the columns there are: "
             f"{', '.join(table.columns)}"
         )
-    good: list[tuple[Any, ...]] = []
+    good: list[tuple[dict[str, Any], Any]] = []
     problems: list[str] = []
     for number in range(len(table)):
         one = {name: [table.columns[name][number]] for name in names}
@@ -229,16 +233,23 @@ def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[list[tuple[
         except UsageError as error:
             problems.append(str(error))
         else:
-            texts = (prepared[name][0] for name in task.text_columns)
-            good.append((*texts, prepared.get(task.label_column, [None])[0]))
+            row = {name: values[0] for name, values in prepared.items()}
+            good.append((row, row.pop(task.label_column, None)))
     return good, problems
+
+
+def _key(row: dict[str, Any]) -> str:
+    """What is read of a row, to find it again."""
+    return json.dumps(row, sort_keys=True, ensure_ascii=False)
 
 
 def _where(table: Table, number: int, _: int) -> str:
     return table.where(number)
 
 
-def _describe(task: Task, heading: str, good: list[tuple[Any, ...]], problems: list[str], limit: int) -> None:
+def _describe(
+    task: Task, heading: str, good: list[tuple[dict[str, Any], Any]], problems: list[str], limit: int
+) -> None:
     print(heading)
     for message in problems[:limit]:
         print(f"  bad: {message}")
@@ -246,29 +257,37 @@ def _describe(task: Task, heading: str, good: list[tuple[Any, ...]], problems: l
         print(f"  ... and {len(problems) - limit:,} more bad rows")
     if not good:
         return
-    labels = [row[-1] for row in good if row[-1] is not None]
+    labels = [label for _, label in good if label is not None]
     if len(labels) < len(good):
         print(f"  rows without a label: {len(good) - len(labels):,}")
-    if not labels:
-        pass
-    elif task.labels:
-        counts = Counter(labels)
-        shares = (
-            f"{name} {counts[i]:,} ({counts[i] / len(labels):.1%})" for i, name in enumerate(task.labels)
-        )
-        print(f"  labels: {', '.join(shares)}")
-    else:
-        mean = sum(labels) / len(labels)
-        deviation = (sum((label - mean) ** 2 for label in labels) / len(labels)) ** 0.5
-        print(f"  labels: {min(labels):g} to {max(labels):g}, mean {mean:.3f}, deviation {deviation:.3f}")
-    lengths = sorted(_words(row[:-1]) for row in good)
+    if labels:
+        print(f"  labels: {_labels(task, labels)}")
+    texts = [_texts(row) for row, _ in good]
+    lengths = sorted(sum(len(text.split()) for text in own) for own in texts)
     print(f"  words a row: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
-    empty = sum(any(not text.strip() for text in row[:-1]) for row in good)
-    repeats = len(good) - len({row[:-1] for row in good})
+    empty = sum(any(not text.strip() for text in own) for own in texts)
+    repeats = len(good) - len({_key(row) for row, _ in good})
     for count, what in ((empty, "rows with an empty text"), (repeats, "rows that repeat an earlier text")):
         if count:
             print(f"  {what}: {count:,}")
 
 
-def _words(texts: Iterable[str]) -> int:
-    return sum(len(text.split()) for text in texts)
+def _labels(task: Task, labels: list[Any]) -> str:
+    """How often each answer occurs, or the range of numbers."""
+    if isinstance(labels[0], float):
+        mean = sum(labels) / len(labels)
+        deviation = (sum((label - mean) ** 2 for label in labels) / len(labels)) ** 0.5
+        return f"{min(labels):g} to {max(labels):g}, mean {mean:.3f}, deviation {deviation:.3f}"
+    single = [part for label in labels for part in (label if isinstance(label, list) else [label])]
+    if not all(isinstance(part, int) for part in single):
+        return f"{len(labels):,} rows with an answer"
+    counts = Counter(single)
+    names = task.labels or [str(number) for number in range(max(single, default=-1) + 1)]
+    total = max(1, len(single))
+    return ", ".join(f"{name} {counts[i]:,} ({counts[i] / total:.1%})" for i, name in enumerate(names))
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    """The texts among a row's cells; lists of words are texts too."""
+    cells = [" ".join(map(str, cell)) if isinstance(cell, list) else cell for cell in row.values()]
+    return [cell for cell in cells if isinstance(cell, str)]

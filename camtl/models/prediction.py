@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from camtl.errors import UsageError
 from camtl.models.packing import packs
+from camtl.tasks.types import Outputs
+from camtl.tasks.view import TaskView
 
-Text = str | tuple[str, str] | list[str]
+Text = str | tuple[str, ...] | list[str] | dict[str, Any]
+#: What heads read that answer with places in the text.
+BY_TOKEN = ("tokens", "positions")
+_INPUTS = ("input_ids", "token_type_ids", "token_marks", "task_id")
 
 
 class PredictionMixin:
@@ -43,99 +49,157 @@ class PredictionMixin:
         self._tokenizer = value
 
     def decode_logits(self: Any, logits: torch.Tensor, task: str) -> list[dict[str, Any]]:
-        """``logits`` ``[n, C_max]`` of one task to one dict per row.
+        """``logits`` ``[n, C_max]`` of one task to one dict per row, as its type decodes them.
 
         Classification: ``{"label", "score", "probabilities": {name: p}}``; multi-label: ``{"labels",
-        "probabilities"}`` (``labels`` those above one half); regression: ``{"score"}``, in the labels'
-        original scale.
+        "probabilities"}`` (``labels`` those above the threshold, one half unless the task says otherwise);
+        regression: ``{"score"}``, in the labels' original scale. Tasks whose answers are places in the text
+        need it: :meth:`predict`.
         """
         info = self.config.task_info[self.config.task_index(task)]
-        own = logits[:, : info["num_labels"]].detach().to("cpu", torch.float64)
-        if info["loss"] == "mse":
-            mean, std = self.label_scale(task)
-            return [{"score": value * std + mean} for value in own[:, 0].tolist()]
-        names = info["labels"] or [str(number) for number in range(info["num_labels"])]
-        rows = (own.sigmoid() if info["loss"] == "bce" else own.softmax(-1)).tolist()
-        results: list[dict[str, Any]] = []
-        for row in rows:
-            probabilities = dict(zip((str(name) for name in names), row, strict=True))
-            if info["loss"] == "bce":
-                labels = [name for name, p in probabilities.items() if p > 0.5]
-                results.append({"labels": labels, "probabilities": probabilities})
-            else:
-                label = max(probabilities, key=lambda name: probabilities[name])
-                results.append(
-                    {"label": label, "score": probabilities[label], "probabilities": probabilities}
-                )
-        return results
+        if info.get("reads", "pooled") in BY_TOKEN:
+            raise UsageError(f"task {task!r}: its answers are places in the text; use predict")
+        own = logits[:, : info["num_labels"]].detach().to("cpu", torch.float64).numpy()
+        return self._decode(task, Outputs(logits=own))
+
+    def _decode(self: Any, task: str, outputs: Outputs) -> list[dict[str, Any]]:
+        view = TaskView.from_config(self.config.task_info[self.config.task_index(task)])
+        mean, deviation = self.label_scale(task)
+        return view.task_type.decode(replace(outputs, mean=mean, deviation=deviation), view)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def predict(
         self: Any, texts: Text | Sequence[Text], task: str | None = None, batch_size: int = 32
     ) -> list[dict[str, Any]]:
-        """Predict a task for texts, in order; see :meth:`decode_logits` for the dicts.
+        """Predict a task for texts, in order.
 
-        ``texts`` is a list whose entries are a string or a pair of strings (a single string also goes, a
-        single pair as a tuple). Texts longer than ``max_seq_length`` are cut, pairs longest first. ``task``
-        None: the active or the only one. The model is in eval mode during the call and left in the mode it
-        was in.
+        Args:
+            texts: a list whose entries are a string, a pair (or more) of strings, or a dict with the task's
+                columns; a single string or dict also goes, a single pair as a tuple. A classification, multi-
+                label or regression task reads texts and pairs, whatever it was trained on. Texts longer than
+                ``max_seq_length`` are cut, pairs longest first.
+            task: its name; None: the active or the only one.
+            batch_size: sequences at a time.
+
+        Returns:
+            One dict per entry; see :meth:`decode_logits` and the ``decode`` of the task's type
+            (:mod:`camtl.tasks.types`). The model is in eval mode during the call and left in the mode it was
+            in.
+
+        Raises:
+            UsageError: an unknown task, an entry that is not what the task reads.
         """
-        if isinstance(texts, (str, tuple)):
+        if isinstance(texts, (str, tuple, dict)):
             texts = [texts]
-        entries = [self._check_text(text) for text in texts]
         name = self.config.tasks[self.default_task_id()] if task is None else task
-        task_id = self.config.task_index(name)
+        index = self.config.task_index(name)
         if batch_size < 1:
             raise UsageError(f"batch_size: {batch_size!r} is not accepted; accepted: 1 or more")
-        tokenizer = self.tokenizer
+        view = TaskView.from_config(self.config.task_info[index])
+        if not texts:
+            return []
+        if view.task_type.plain:
+            entries = [_check_text(text, view) for text in texts]
+            rows, features = None, [self._tokenise(entry) for entry in entries]
+        else:
+            rows, features = self._rows(view, texts)
+        columns = {key: [feature[key] for feature in features] for key in features[0]}
+        results = self._run([{**feature, "task_id": index} for feature in features], batch_size)
+        if self.config.task_info[index].get("reads", "pooled") in BY_TOKEN:
+            size = self.config.task_info[index]["num_labels"]
+            outputs = Outputs(
+                columns, token_logits=[result[:, :size].numpy() for result in results], rows=rows
+            )
+        else:
+            size = self.config.task_info[index]["num_labels"]
+            outputs = Outputs(columns, logits=torch.stack(results)[:, :size].double().numpy(), rows=rows)
+        return self._decode(name, outputs)
+
+    def _run(self: Any, features: list[dict[str, Any]], batch_size: int) -> list[torch.Tensor]:
+        """What the model says of each sequence: logits [C], or [tokens, C] of a task that reads tokens."""
+        from camtl.data import MultiTaskCollator
+
+        packed = packs(self.config, self.device)
+        collate = MultiTaskCollator(self.tokenizer.pad_token_id or 0, packed=packed)
+        by_token = self.config.task_info[features[0]["task_id"]].get("reads", "pooled") in BY_TOKEN
         # of similar length together, so that little is padding; put back in order at the end
-        order = sorted(range(len(entries)), key=lambda i: -sum(map(len, entries[i])))
-        results: list[dict[str, Any]] = [{}] * len(entries)
+        order = sorted(range(len(features)), key=lambda i: -len(features[i]["input_ids"]))
+        results: list[torch.Tensor] = [torch.empty(0)] * len(features)
         training = [module for module in self.modules() if module.training]
         if training:
             self.eval()
         try:
             for start in range(0, len(order), batch_size):
                 chunk = order[start : start + batch_size]
-                batch = self._encode([entries[i] for i in chunk], tokenizer, task_id)
-                logits = self(**batch, return_dict=True).logits
-                for i, result in zip(chunk, self.decode_logits(logits, name), strict=True):
-                    results[i] = result
+                batch = collate([{k: features[i][k] for k in _INPUTS if k in features[i]} for i in chunk])
+                batch = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                output = self(**batch, return_dict=True)
+                found = (output.token_logits if by_token else output.logits).float().cpu()
+                for i, values in zip(chunk, found, strict=True):
+                    results[i] = values[: len(features[i]["input_ids"])] if by_token else values
         finally:
             for module in training:
                 module.training = True
         return results
 
-    @staticmethod
-    def _check_text(text: Any) -> tuple[str, ...]:
-        if isinstance(text, str):
-            return (text,)
-        if (
-            isinstance(text, (tuple, list))
-            and len(text) in (1, 2)
-            and all(isinstance(part, str) for part in text)
-        ):
-            return tuple(text)
-        raise UsageError(
-            f"texts: {text!r} is not accepted; accepted: a string or a pair of strings per entry"
+    def _tokenise(self: Any, entry: tuple[str, ...]) -> dict[str, Any]:
+        """One text or pair (which may be mixed in a call) as a sequence."""
+        return dict(
+            self.tokenizer(
+                *entry,
+                truncation="longest_first",
+                max_length=self.config.max_seq_length,
+                return_token_type_ids=True,
+                return_attention_mask=False,
+            )
         )
 
-    def _encode(self: Any, entries: list[tuple[str, ...]], tokenizer: Any, task_id: int) -> dict[str, Any]:
-        """Tokenise singles and pairs (which may be mixed) into one batch, packed where that is faster."""
-        from camtl.data import MultiTaskCollator
+    def _rows(
+        self: Any, view: TaskView, entries: Sequence[Any]
+    ) -> tuple[dict[str, list[Any]], list[dict[str, Any]]]:
+        """Entries as the task's prepared columns, and their sequences."""
+        given = [_as_row(entry, view) for entry in entries]
+        kind: Any = view.task_type
+        names = kind.columns(view)
+        for i, row in enumerate(given):
+            missing = [name for name in names if name not in row]
+            if missing:
+                raise UsageError(
+                    f"texts: entry {i + 1} has no {missing[0]!r}; task {view.name!r} reads {', '.join(names)}"
+                )
+        columns = {name: [row[name] for row in given] for name in names}
+        rows = kind.prepare(view, columns, lambda i: f"texts, entry {i + 1}", True)
+        encoded = kind.encode(view, rows, self.tokenizer, self.config.max_seq_length)
+        features = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+        return rows, features
 
-        features = [
-            {
-                **tokenizer(
-                    *entry,
-                    truncation="longest_first",
-                    max_length=self.config.max_seq_length,
-                    return_token_type_ids=True,
-                ),
-                "task_id": task_id,
-            }
-            for entry in entries
-        ]
-        packed = packs(self.config, self.device)
-        batch = MultiTaskCollator(tokenizer.pad_token_id or 0, packed=packed)(features)
-        return {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+def _check_text(text: Any, view: TaskView) -> tuple[str, ...]:
+    if isinstance(text, str):
+        return (text,)
+    if isinstance(text, dict) and all(isinstance(text.get(name), str) for name in view.text_columns):
+        return tuple(text[name] for name in view.text_columns)
+    if (
+        isinstance(text, (tuple, list))
+        and len(text) in (1, 2)
+        and all(isinstance(part, str) for part in text)
+    ):
+        return tuple(text)
+    raise UsageError(
+        f"texts: {text!r} is not accepted; accepted: a string or a pair of strings per entry, or a dict with "
+        f"{' and '.join(view.text_columns)}"
+    )
+
+
+def _as_row(entry: Any, view: TaskView) -> dict[str, Any]:
+    if isinstance(entry, dict):
+        return entry
+    texts = (entry,) if isinstance(entry, str) else entry
+    if not isinstance(texts, (tuple, list)) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(
+            f"texts: {entry!r} is not accepted; accepted: texts, or a dict with the task's columns"
+        )
+    try:
+        return view.task_type.row(view, texts)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UsageError(f"texts: task {view.name!r} {error}") from None

@@ -50,80 +50,60 @@ class Results:
 
 
 def majority_baseline(
-    task: Task, train_labels: Sequence[float], eval_labels: Sequence[float]
+    task: Task, train_labels: Sequence[Any], eval_labels: Sequence[Any]
 ) -> dict[str, float]:
     """Score the predictor that always gives the training part's most frequent class, or its mean.
 
     Args:
         task: the task; its own metric functions are used.
-        train_labels: class numbers or values of the training part (the lower class wins a tie).
+        train_labels: prepared labels of the training part (of classes equally frequent the lower id wins).
         eval_labels: the same of the part to be scored.
 
     Returns:
         The task's metrics, e.g. ``{"accuracy": 0.68, "f1": 0.81}``. A correlation with a constant is 0.
     """
-    return constant_scores(task, constant_answer(task, train_labels), eval_labels)
-
-
-def constant_answer(task: Task, labels: Sequence[float]) -> float:
-    """Return the most frequent class id (the lower one of equals), or the mean of a regression's labels."""
-    import numpy as np
-
-    known = np.asarray(labels, dtype=np.float64)
-    if task.type == "regression":
-        return float(known.mean())
-    classes, counts = np.unique(known.astype(np.int64), return_counts=True)
-    return float(classes[int(counts.argmax())])
-
-
-def constant_scores(task: Task, answer: float, eval_labels: Sequence[float]) -> dict[str, float]:
-    """Score the predictor that always gives ``answer`` with the task's own metrics."""
-    import numpy as np
-
-    labels = np.asarray(eval_labels, dtype=np.float64)
-    if task.type == "regression":
-        logits = np.full((len(labels), 1), answer)
-    else:
-        logits = np.zeros((len(labels), task.num_labels))
-        logits[:, int(answer)] = 1.0
-    metrics = task.task_type.compute_metrics(logits, labels, task)
-    return {name: 0.0 if math.isnan(value) else float(value) for name, value in metrics.items()}
+    answer = task.task_type.constant_answer(task, {task.label_column: train_labels})
+    return task.task_type.constant_scores(task, answer, {task.label_column: eval_labels})
 
 
 def baselines_for(
     tasks: Iterable[Task],
     data: Mapping[str, Mapping[str, Any]],
-    answers: Mapping[str, float] | None = None,
+    answers: Mapping[str, Any] | None = None,
 ) -> dict[tuple[str, str], Any]:
-    """Score the constant predictor on every task and evaluation split of ``data``.
+    """Score the predictor that always gives the training part's most frequent answer, of numbers their mean.
 
     Args:
         tasks: the tasks of the run.
-        data: ``{task: {split: rows}}`` with a ``task.label_column`` column.
+        data: ``{task: {split: rows}}``, as :func:`camtl.data.load_task` gives them.
         answers: the constant answer per task, where it is known; else it comes from the ``train`` split.
             A task with neither has no baseline.
 
     Returns:
-        ``{(task, split): {"metrics": {...}, "rows": n, "answer": constant}}``; ``metrics`` and ``answer`` are
-        None where there is no baseline.
+        ``{(task, split): {"metrics": {...}, "rows": n, "answer": constant}}`` for every evaluation split;
+        ``metrics`` and ``answer`` are None where there is no baseline.
     """
     found: dict[tuple[str, str], Any] = {}
     for task in tasks:
         splits = data.get(task.name, {})
         answer = (answers or {}).get(task.name)
         if answer is None and "train" in splits:
-            answer = constant_answer(task, _labels(splits["train"], task))
-        for split in splits:
-            if split != "train":
-                labels = _labels(splits[split], task)
-                scores = None if answer is None else constant_scores(task, answer, labels)
-                found[task.name, split] = {"metrics": scores, "rows": len(labels), "answer": answer}
+            answer = task.task_type.constant_answer(task, _columns(splits["train"]))
+        for split in (split for split in splits if split != "train"):
+            scores, columns = None, _columns(splits[split])
+            if answer is not None:
+                scores = task.task_type.constant_scores(task, answer, columns)
+                scores = {name: 0.0 if math.isnan(value) else value for name, value in scores.items()}
+            found[task.name, split] = {
+                "metrics": scores,
+                "rows": len(next(iter(columns.values()))),
+                "answer": answer,
+            }
     return found
 
 
-def _labels(rows: Any, task: Task) -> Sequence[float]:
-    column = task.label_column if task.label_column in rows.column_names else "labels"
-    return list(rows[column])
+def _columns(rows: Any) -> dict[str, Any]:
+    return {name: rows[name][:] for name in rows.column_names}
 
 
 def metric_title(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +12,16 @@ import torch
 from torch.nn import functional as F
 from transformers.trainer_utils import SaveStrategy
 
-from camtl.data import MultiTaskDataset
+from camtl.data import MultiTaskDataset, is_tokenised, prepare_dataset
 from camtl.errors import UsageError
 from camtl.tasks.metrics import average, result_name
+from camtl.tasks.types.base import IGNORED, Outputs
 from camtl.training.loader import (
     BatchCollator,
     check_tasks,
     collator,
+    is_labelled,
     label_scaling,
-    labels_of,
     make_loader,
     prepare_split,
 )
@@ -33,26 +34,27 @@ if TYPE_CHECKING:
     from camtl.training.trainer import CaMtlTrainer
 
 
+_TARGETS = ("labels", "token_labels")
+#: Of a tokenised data set, what decoding and metrics read.
+_READ = ("labels", "row", "token_marks", "token_labels", "token_begin", "token_end")
+
+
 @dataclass(frozen=True)
 class EvaluationPart:
-    """One split of one task, tokenised. ``name`` is the middle of its result keys (``mnli_mismatched``)."""
+    """One split of one task, tokenised. ``name`` is the middle of its result keys (``mnli_mismatched``);
+    ``rows`` are the rows themselves, None if only tokenised ones were given.
+    """
 
     name: str
     task: Task
     split: str
     dataset: Dataset
+    rows: Dataset | None = None
 
-
-@dataclass(frozen=True)
-class PartPrediction:
-    """What the model says of one part, row by row as in the data set.
-
-    ``logits`` [n, outputs of the task] as the model gives them; ``labels`` [n] in their own scale, None if
-    any row lacks one.
-    """
-
-    logits: np.ndarray
-    labels: np.ndarray | None
+    @property
+    def is_labelled(self) -> bool:
+        """Whether every row has a label."""
+        return is_labelled(self.dataset)
 
 
 def evaluation_parts(
@@ -86,11 +88,12 @@ def evaluation_parts(
                 what=f"{what} {split}",
                 allow_unlabelled=allow_unlabelled,
             )
-            if not allow_unlabelled and labels_of(tokenised) is None:
+            if not allow_unlabelled and not is_labelled(tokenised):
                 raise UsageError(
                     f"{what}: rows of task {name!r} ({split}) have no label; remove them or label them"
                 )
-            parts.append(EvaluationPart(result_name(name, split), task, split, tokenised))
+            rows = None if is_tokenised(dataset) else prepare_dataset(task, dataset, allow_unlabelled)
+            parts.append(EvaluationPart(result_name(name, split), task, split, tokenised, rows))
     return parts
 
 
@@ -121,7 +124,7 @@ def evaluate_parts(trainer: CaMtlTrainer, parts: Sequence[EvaluationPart], prefi
 
 def score_parts(
     parts: Sequence[EvaluationPart],
-    predictions: Sequence[PartPrediction],
+    predictions: Sequence[Outputs],
     task_info: Sequence[Mapping[str, Any]],
     prefix: str,
 ) -> dict[str, float]:
@@ -129,13 +132,12 @@ def score_parts(
     results: dict[str, float] = {}
     scores: dict[str, dict[str, dict[str, float]]] = {}
     losses: dict[str, list[float]] = {}
-    for part, prediction in zip(parts, predictions, strict=True):
-        if prediction.labels is None:
+    for part, outputs in zip(parts, predictions, strict=True):
+        if not part.is_labelled:
             continue
         info = next(info for info in task_info if info["name"] == part.task.name)
-        scaled = in_label_scale(prediction.logits, info)
-        metrics = part.task.task_type.compute_metrics(scaled, prediction.labels, part.task)
-        loss = mean_loss(prediction, info)
+        metrics = part.task.task_type.compute_metrics(outputs, part.task)
+        loss = mean_loss(outputs, info)
         scores.setdefault(part.task.name, {})[part.split] = metrics
         losses.setdefault(part.task.name, []).append(loss)
         results |= {f"{prefix}_{part.name}_{metric}": value for metric, value in metrics.items()}
@@ -146,29 +148,61 @@ def score_parts(
     return results
 
 
-def in_label_scale(logits: np.ndarray, info: Mapping[str, Any]) -> np.ndarray:
-    """Logits [n, C] in the labels' own scale: predictions of a standardised regression scaled back."""
-    if info["loss"] != "mse":
-        return logits
-    mean, deviation = label_scaling(info)
-    return (logits * deviation + mean).astype(logits.dtype)
+def in_label_scale(outputs: Outputs) -> Any:
+    """What the model says, in the labels' own scale: logits [n, C], those of a standardised regression scaled
+    back; of tasks that read tokens a list of arrays [tokens, C].
+    """
+    if outputs.logits is None:
+        return list(outputs.token_logits or ())
+    return (outputs.logits * outputs.deviation + outputs.mean).astype(outputs.logits.dtype)
 
 
-def mean_loss(prediction: PartPrediction, info: Mapping[str, Any]) -> float:
-    """Mean loss over all rows (not over batches), in the scale the task is trained in."""
-    if prediction.labels is None:
-        raise ValueError("a loss needs labels")
-    logits, labels = torch.from_numpy(prediction.logits).double(), torch.from_numpy(prediction.labels)
+def targets(outputs: Outputs) -> Any:
+    """The labels of sequences: an array [n] (multi-label: [n, C]), or a list of arrays [tokens]."""
+    if outputs.logits is None:
+        return [np.asarray(labels) for labels in outputs.sequences["token_labels"]]
+    return np.asarray(outputs.sequences["labels"], dtype=np.float64)
+
+
+def mean_loss(outputs: Outputs, info: Mapping[str, Any]) -> float:
+    """Mean loss over all sequences (not over batches; tagging: over all words), in the scale the task is
+    trained in. NaN where no sequence has a target.
+    """
+    reads = info.get("reads", "pooled")
+    if reads in ("tokens", "positions"):
+        return _token_loss(outputs, reads, int(info["num_labels"]))
+    labels = torch.from_numpy(np.asarray(outputs.sequences["labels"], dtype=np.float64))
+    logits = torch.from_numpy(outputs.logits).double()
     if info["loss"] == "mse":
-        mean, deviation = label_scaling(info)
-        return float(F.mse_loss(logits[:, 0], (labels - mean) / deviation))
+        return float(F.mse_loss(logits[:, 0], (labels - outputs.mean) / outputs.deviation))
     if info["loss"] == "bce":
         return float(F.binary_cross_entropy_with_logits(logits, labels))
     return float(F.cross_entropy(logits, labels.long()))
 
 
-def predict_parts(trainer: CaMtlTrainer, parts: Sequence[EvaluationPart]) -> list[PartPrediction]:
-    """Logits of all parts, under one progress bar, gathered over all ranks.
+def _token_loss(outputs: Outputs, reads: str, size: int) -> float:
+    """Cross entropy of tokens (a class a token) or of positions (a token an output)."""
+    terms: list[torch.Tensor] = []
+    columns = outputs.sequences
+    for values, marks, labels in zip(
+        outputs.token_logits or (), columns["token_marks"], columns["token_labels"], strict=True
+    ):
+        logits, target = torch.from_numpy(values[:, :size]).double(), torch.as_tensor(labels)
+        if reads == "tokens":
+            kept = target != IGNORED
+            terms.append(F.cross_entropy(logits[kept], target[kept], reduction="none"))
+            continue
+        own = torch.as_tensor(marks) != 0
+        found = torch.log_softmax(logits[own], 0)
+        for output in range(size):
+            right = (target[own] >> output) & 1 == 1
+            if right.any():
+                terms.append(-torch.logsumexp(found[right, output], 0)[None])
+    return float(torch.cat(terms).mean()) if terms else float("nan")
+
+
+def predict_parts(trainer: CaMtlTrainer, parts: Sequence[EvaluationPart]) -> list[Outputs]:
+    """What the model says of all parts, under one progress bar, gathered over all ranks.
 
     Rows of a part are batched by length and put back in order, so padding is small and the result does not
     depend on which other tasks are evaluated along.
@@ -219,20 +253,38 @@ def _loader(trainer: CaMtlTrainer, part: EvaluationPart) -> tuple[Any, list[list
 @torch.no_grad()
 def _predict(
     trainer: CaMtlTrainer, model: torch.nn.Module, part: EvaluationPart, loader: Any, batches: list[list[int]]
-) -> PartPrediction:
-    outputs = part.task.num_labels
-    parts: list[torch.Tensor] = []
-    for batch in loader:
-        inputs = trainer._prepare_inputs({key: value for key, value in batch.items() if key != "labels"})
+) -> Outputs:
+    info = trainer.model.config.task_info[list(trainer.tasks).index(part.task.name)]
+    size = part.task.num_labels
+    by_token = info.get("reads") in ("tokens", "positions")
+    pooled: list[torch.Tensor] = []
+    tokens: list[np.ndarray] = []
+    lengths = np.asarray(part.dataset.with_format("numpy")["length"])
+    for batch, rows in zip(loader, batches, strict=True):
+        inputs = trainer._prepare_inputs({key: value for key, value in batch.items() if key not in _TARGETS})
         with trainer.accelerator.autocast():
-            logits = model(**inputs)["logits"]
-        parts.append(logits[:, :outputs].float())
+            result = model(**inputs)
+        if by_token:
+            values = result["token_logits"][:, :, :size].float().cpu().numpy()
+            tokens += [own[: lengths[row]] for own, row in zip(values, rows, strict=True)]
+        else:
+            pooled.append(result["logits"][:, :size].float())
         trainer.control = trainer.callback_handler.on_prediction_step(
             trainer.args, trainer.state, trainer.control
         )
-    rows = torch.tensor([row for batch in batches for row in batch], dtype=torch.int64)
-    own = torch.cat(parts) if parts else torch.zeros(0, outputs, device=trainer.args.device)
-    return PartPrediction(_gathered(trainer, own, rows, len(part.dataset)), labels_of(part.dataset))
+    numbers = [row for batch in batches for row in batch]
+    mean, deviation = label_scaling(info)
+    columns = [name for name in _READ if name in part.dataset.column_names]
+    rows_given = None if part.rows is None else {name: part.rows[name][:] for name in part.rows.column_names}
+    outputs = Outputs(
+        {name: part.dataset[name][:] for name in columns}, rows=rows_given, mean=mean, deviation=deviation
+    )
+    if by_token:
+        return replace(outputs, token_logits=_gathered_tokens(trainer, tokens, numbers, len(part.dataset)))
+    own = torch.cat(pooled) if pooled else torch.zeros(0, size, device=trainer.args.device)
+    return replace(
+        outputs, logits=_gathered(trainer, own, torch.tensor(numbers, dtype=torch.int64), len(part.dataset))
+    )
 
 
 def _gathered(trainer: CaMtlTrainer, logits: torch.Tensor, rows: torch.Tensor, total: int) -> np.ndarray:
@@ -246,3 +298,16 @@ def _gathered(trainer: CaMtlTrainer, logits: torch.Tensor, rows: torch.Tensor, t
     result = np.empty((total, logits.shape[1]), dtype=np.float32)
     result[rows.numpy()] = logits.cpu().numpy()
     return result
+
+
+def _gathered_tokens(
+    trainer: CaMtlTrainer, values: list[np.ndarray], rows: list[int], total: int
+) -> list[np.ndarray]:
+    """Arrays [tokens, outputs] of all ranks in the order of the data set."""
+    pairs = list(zip(rows, values, strict=True))
+    if trainer.args.world_size > 1:
+        from accelerate.utils import gather_object
+
+        pairs = gather_object(pairs)
+    found = dict(pairs)
+    return [found[row] for row in range(total)]

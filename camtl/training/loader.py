@@ -84,6 +84,19 @@ def labels_of(dataset: Dataset) -> np.ndarray | None:
     return None if np.isnan(labels).any() else labels
 
 
+def is_labelled(dataset: Dataset) -> bool:
+    """Whether every sequence of a tokenised data set has a label. (One without a right position, such as a part
+    of a long text, has none of its own, and that is no lack.)
+    """
+    if "token_marks" in dataset.column_names and "labels" not in dataset.column_names:
+        return "token_labels" in dataset.column_names
+    if "labels" not in dataset.column_names:
+        return False
+    return not any(
+        np.isnan(np.asarray(part["labels"])).any() for part in dataset.with_format("numpy").iter(1000)
+    )
+
+
 def fingerprint(dataset: Dataset) -> str:
     """A short hash of all rows of a tokenised data set, in order; the same in every process.
 
@@ -93,7 +106,8 @@ def fingerprint(dataset: Dataset) -> str:
     for table in dataset.with_format("arrow").iter(_HASHED_ROWS):
         for name in (name for name in TOKENISED_COLUMNS if name in dataset.column_names):
             values = table.column(name).combine_chunks()
-            values = values.flatten() if name in ("input_ids", "token_type_ids") else values
+            while hasattr(values, "value_lengths"):
+                values = values.flatten()
             dtype = "<f4" if name == "labels" else "<i4"
             digest.update(values.to_numpy(zero_copy_only=False).astype(dtype).tobytes())
     return digest.hexdigest()

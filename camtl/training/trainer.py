@@ -115,7 +115,7 @@ class CaMtlTrainer(CheckpointingTrainer):
             if name in given
         }
         for name, dataset in ordered.items():
-            if loader.labels_of(dataset) is None:
+            if not loader.is_labelled(dataset):
                 raise UsageError(
                     f"train_dataset: rows of task {name!r} have no label; remove them or label them"
                 )
@@ -355,9 +355,10 @@ class CaMtlTrainer(CheckpointingTrainer):
         """Predict ``{task: Dataset}`` or ``{task: {split: Dataset}}``; rows need no labels.
 
         Returns:
-            ``predictions``: ``{name: logits [n, C]}`` with regression in the labels' own scale,
-            ``label_ids``: ``{name: labels [n]}`` where every row has one, ``metrics`` as of :meth:`evaluate`.
-            ``name`` is the task, with the split behind it if it is not the first (``mnli_mismatched``).
+            ``predictions``: ``{name: logits [n, C]}`` with regression in the labels' own scale; of tasks that
+            read tokens ``{name: [logits [tokens, C] of each sequence]}``. ``label_ids``: ``{name: labels}``
+            where every row has one, ``metrics`` as of :meth:`evaluate`. ``name`` is the task, with the split
+            behind it if it is not the first (``mnli_mismatched``).
         """
         parts = self._parts(test_dataset, "test_dataset", unlabelled=True)
         begun = time.time()
@@ -368,21 +369,27 @@ class CaMtlTrainer(CheckpointingTrainer):
             speed_metrics(metric_key_prefix, begun, num_samples=sum(len(part.dataset) for part in parts))
         )
         logits = {
-            part.name: evaluation.in_label_scale(result.logits, info[list(self.tasks).index(part.task.name)])
+            part.name: evaluation.in_label_scale(result)
             for part, result in zip(parts, predictions, strict=True)
         }
         labels = {
-            part.name: result.labels
+            part.name: evaluation.targets(result)
             for part, result in zip(parts, predictions, strict=True)
-            if result.labels is not None
+            if part.is_labelled
         }
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         return PredictionOutput(predictions=logits, label_ids=labels, metrics=metrics)  # type: ignore[arg-type]
 
     def predict_task(self, task: str, dataset: Any) -> Any:
-        """Logits [n, C] (numpy, float32) of one task's rows, regression in the labels' own scale."""
+        """Logits of one task's rows as :meth:`predict` gives them (numpy, float32)."""
         (logits,) = self.predict({task: dataset}).predictions.values()  # type: ignore[union-attr]
         return logits
+
+    def decode_task(self, task: str, dataset: Any) -> list[dict[str, Any]]:
+        """The answers to one task's rows, one dict a row, in the task's own names and units."""
+        (part,) = self._parts({task: dataset}, "dataset", unlabelled=True)
+        (outputs,) = evaluation.predict_parts(self, [part])
+        return part.task.task_type.decode(outputs, part.task)
 
     # -- reports
     def history(self) -> list[dict[str, float]]:

@@ -222,20 +222,6 @@ def test_every_result_can_be_the_best_metric(make_trainer, metric):
     assert trainer.state.best_metric is not None
 
 
-def test_decoding_by_task_type_is_the_models(make_trainer, tasks):
-    model = make_trainer().model  # the label statistics have been entered
-    logits = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
-    for task in tasks:
-        mean, deviation = model.label_scale(task.name)
-        own = task.task_type.decode(logits.double().numpy(), task, mean, deviation)
-        for ours, theirs in zip(own, model.decode_logits(logits, task.name), strict=True):
-            assert list(ours) == list(theirs)
-            assert ours.get("label") == theirs.get("label")
-            assert ours["score"] == pytest.approx(theirs["score"])
-            assert ours.get("probabilities", {}) == pytest.approx(theirs.get("probabilities", {}))
-    assert model.label_scale("closeness")[0] > 10
-
-
 def test_a_diverged_run_says_so_once(make_trainer, caplog):
     trainer = make_trainer(save_strategy="steps", save_steps=2, logging_steps=3)
     compute = trainer.compute_loss

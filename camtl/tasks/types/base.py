@@ -181,6 +181,10 @@ class TaskType(ABC):
             )
         return dict(zip(task.text_columns, texts, strict=True))
 
+    def answers(self, task: Task) -> str:
+        """What an answer is, in a word or two, for tables."""
+        return f"{len(task.labels)} classes" if task.labels else "a number"
+
     # 2. head
     @abstractmethod
     def head(self, task: Task) -> HeadSpec:
@@ -196,11 +200,16 @@ class TaskType(ABC):
     def compute_metrics(self, outputs: Outputs, task: Task) -> dict[str, float]:
         """The task's metrics as fractions, ``{metric: value}`` in the order of ``task.metrics``."""
 
-    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
-        """The metrics of a predictor that always gives the most frequent answer of the prepared rows
-        ``train``; None where there is none worth the name.
+    # a floor to compare with
+    def constant_answer(self, task: Task, rows: Columns) -> Any:
+        """The answer (a JSON value) most frequent in the prepared rows of a training part; None if there is
+        none worth the name.
         """
         return None
+
+    def constant_scores(self, task: Task, answer: Any, rows: Columns) -> dict[str, float]:
+        """The metrics of always giving ``answer`` (of :meth:`constant_answer`) to prepared rows."""
+        raise ValueError(f"a {task.type} task has no constant answer")
 
 
 def is_missing(value: Any) -> bool:

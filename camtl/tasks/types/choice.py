@@ -159,6 +159,10 @@ class Choice(TaskType):
         choices: list[Any] = [list(texts[asked:])] if len(names) == 1 else list(texts[asked:])
         return dict(zip((*task.text_columns, *names), (*texts[:asked], *choices), strict=True))
 
+    def answers(self, task: Task) -> str:
+        """For tables."""
+        return "a choice"
+
     def head(self, task: Task) -> HeadSpec:
         """One score at every choice."""
         return HeadSpec(outputs=1, reads="positions")
@@ -180,12 +184,15 @@ class Choice(TaskType):
         chosen = [max(range(len(p)), key=p.__getitem__) for p in _probabilities(outputs)]
         return {"accuracy": sum(a == b for a, b in zip(chosen, labels, strict=True)) / len(labels)}
 
-    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
-        """The choice that is most often right."""
-        known = list(train[task.label_column])
-        usual = max(sorted(set(known)), key=known.count)
+    def constant_answer(self, task: Task, rows: Columns) -> Any:
+        """The number of the choice that is most often right."""
+        known = list(rows[task.label_column])
+        return max(sorted(set(known)), key=known.count)
+
+    def constant_scores(self, task: Task, answer: Any, rows: Columns) -> dict[str, float]:
+        """Share of rows in which that choice is right."""
         labels = list(rows[task.label_column])
-        return {"accuracy": labels.count(usual) / max(1, len(labels))}
+        return {"accuracy": labels.count(answer) / max(1, len(labels))}
 
 
 def _choices(task: Task, rows: Columns) -> list[list[str]]:

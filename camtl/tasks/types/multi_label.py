@@ -72,6 +72,10 @@ class MultiLabel(TaskType):
             ]
         return out
 
+    def answers(self, task: Task) -> str:
+        """For tables."""
+        return f"any of {len(task.labels or ())} classes"
+
     def head(self, task: Task) -> HeadSpec:
         """One output per class."""
         return HeadSpec(outputs=len(task.labels or ()))
@@ -100,14 +104,15 @@ class MultiLabel(TaskType):
             raise UsageError(f"task {task.name!r}: no rows to evaluate")
         return _scores(predicted, truth, task)
 
-    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
-        """The classes that more than half of the training rows have."""
-        import numpy as np
+    def constant_answer(self, task: Task, rows: Columns) -> Any:
+        """The ids of the classes that more than half of the rows have."""
+        shares = _matrix(rows[task.label_column], len(task.labels or ())).mean(axis=0)
+        return [i for i, share in enumerate(shares) if share > 0.5]
 
-        size = len(task.labels or ())
-        usual = _matrix(train[task.label_column], size).mean(axis=0) > 0.5
-        truth = _matrix(rows[task.label_column], size) > 0.5
-        return _scores(np.broadcast_to(usual, truth.shape), truth, task)
+    def constant_scores(self, task: Task, answer: Any, rows: Columns) -> dict[str, float]:
+        """Metrics of the same classes for all rows."""
+        size, labels = len(task.labels or ()), rows[task.label_column]
+        return _scores(_matrix([answer] * len(labels), size) > 0.5, _matrix(labels, size) > 0.5, task)
 
 
 def _sigmoid(outputs: Outputs, size: int) -> np.ndarray:

@@ -66,6 +66,10 @@ class Regression(TaskType):
         predictions = logits[:, 0].astype(np.float64)
         return {name: METRICS[name](predictions, labels.astype(np.float64)) for name in task.metrics}
 
-    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
-        """The mean of the training labels; a constant correlates with nothing."""
+    def constant_answer(self, task: Task, rows: Columns) -> Any:
+        """The mean."""
+        return sum(rows[task.label_column]) / len(rows[task.label_column])
+
+    def constant_scores(self, task: Task, answer: Any, rows: Columns) -> dict[str, float]:
+        """A constant correlates with nothing."""
         return dict.fromkeys(task.metrics, 0.0)

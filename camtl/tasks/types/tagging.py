@@ -126,6 +126,10 @@ class Tagging(TaskType):
             raise ValueError(f"reads one text, whose words are tagged, given {len(texts)}")
         return {task.text_columns[0]: texts[0]}
 
+    def answers(self, task: Task) -> str:
+        """For tables."""
+        return f"{len(task.labels or ())} tags"
+
     def head(self, task: Task) -> HeadSpec:
         """One output per tag, at every token."""
         return HeadSpec(outputs=len(task.labels or ()), reads="tokens")
@@ -160,15 +164,18 @@ class Tagging(TaskType):
             raise UsageError(f"task {task.name!r}: no rows to evaluate")
         return _scores([[names[i] for i in ids] for ids, _ in _tags(outputs, task)], truth, task)
 
-    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
-        """The most frequent tag."""
+    def constant_answer(self, task: Task, rows: Columns) -> Any:
+        """The id of the most frequent tag."""
         counts = [0] * len(task.labels or ())
-        for row in train[task.label_column]:
+        for row in rows[task.label_column]:
             for tag in row:
                 counts[tag] += 1
-        usual = (task.labels or ())[counts.index(max(counts))]
+        return counts.index(max(counts))
+
+    def constant_scores(self, task: Task, answer: Any, rows: Columns) -> dict[str, float]:
+        """Metrics of one tag for all words."""
         truth = rows[task.label_column]
-        return _scores([[usual] * len(row) for row in truth], truth, task)
+        return _scores([[(task.labels or ())[answer]] * len(row) for row in truth], truth, task)
 
 
 def entities(tags: list[str]) -> list[tuple[str, int, int]]:
