@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """
 Label texts with a trained model. Texts come from --text, from a file, or, when neither is given, from stdin,
-one row a line: a text, texts separated by tabs, or JSON with the task's columns. A classification gives label,
-score and the probability of every label; a regression gives a score in the task's own units; other tasks give
-tags, an answer and its place, or the number of a choice. Output is JSON Lines; on a terminal it is a small
-table.
+one row a line: a text, texts separated by tabs, or JSON with the task's columns. A classification gives
+label, score and the probability of every label; a regression gives a score in the task's own units; other
+tasks give tags, an answer and its place, or the number of a choice. Output is JSON Lines; on a terminal it is
+a small table.
 """
 _EXAMPLES = (
     ("one text", 'camtl predict runs/demo --task demo_sentiment --text "a dull and lifeless film"'),
@@ -247,7 +247,7 @@ def _file_rows(path: str, task: Task) -> list[Row]:
 
 
 def _flat(row: Row) -> Row:
-    """Give every probability a column of its own; what is a list or a mapping otherwise is written as JSON."""
+    """Give every probability a column of its own; what is a list or a mapping otherwise becomes JSON."""
     probabilities = row.get("probabilities", {})
     if isinstance(probabilities, list):
         probabilities = dict(enumerate(probabilities))

@@ -214,7 +214,7 @@ def _tables(task: Task, data_dir: str | None) -> dict[str, Table]:
 def _rows(
     task: Task, table: Table, allow_unlabelled: bool
 ) -> tuple[list[tuple[dict[str, Any], Any]], list[str]]:
-    """Sort a table's rows into usable ones (what is read, and label or None) and messages about the others."""
+    """Sort a table's rows into usable ones (what is read, label or None) and messages about the others."""
     names = [*task.task_type.columns(task), task.label_column]
     if allow_unlabelled and task.label_column not in table.columns:
         names.remove(task.label_column)

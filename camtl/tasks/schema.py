@@ -99,13 +99,8 @@ class Task(BaseModel):
             raise ValueError(f"text_columns: {wanted} needed, {len(self.text_columns)} given")
         for option in self.options:
             if option not in self.task_type.options:
-                known = ", ".join(self.task_type.options) or "none"
-                raise ValueError(f"options: {option!r} is no option of {self.type}; known: {known}")
-        columns = [*self.task_type.columns(self), self.label_column]
-        if len(set(columns)) != len(columns):
-            raise ValueError(
-                f"text_columns, label_column: each must be another column; given: {', '.join(columns)}"
-            )
+                options = ", ".join(self.task_type.options) or "none"
+                raise ValueError(f"options: {option!r} is no option of {self.type}; known: {options}")
         known = self.task_type.metrics
         for metric in self.metrics:
             if metric not in known:
@@ -119,6 +114,11 @@ class Task(BaseModel):
         if self.label_range is not None and not self.label_range[0] < self.label_range[1]:
             raise ValueError("label_range: the first number must be below the second")
         self.task_type.check(self)
+        columns = [*self.task_type.columns(self), self.label_column]
+        if len(set(columns)) != len(columns):
+            raise ValueError(
+                f"text_columns, label_column: each must be another column; given: {', '.join(columns)}"
+            )
         return self
 
     @property
@@ -152,9 +152,9 @@ class Task(BaseModel):
             "num_labels": self.num_labels,
             "labels": list(self.labels) if self.labels else None,
             "loss": self.task_type.loss,
-            "reads": self.task_type.head(self).reads,
             "label_mean": None,
             "label_std": None,
+            "reads": self.task_type.head(self).reads,
             "text_columns": list(self.text_columns),
             "label_column": self.label_column,
             "metrics": list(self.metrics),

@@ -85,8 +85,8 @@ def labels_of(dataset: Dataset) -> np.ndarray | None:
 
 
 def is_labelled(dataset: Dataset) -> bool:
-    """Whether every sequence of a tokenised data set has a label. (One without a right position, such as a part
-    of a long text, has none of its own, and that is no lack.)
+    """Whether every sequence of a tokenised data set has a label. (One without a right position, such as a
+    part of a long text, has none of its own, and that is no lack.)
     """
     if "token_marks" in dataset.column_names and "labels" not in dataset.column_names:
         return "token_labels" in dataset.column_names
