@@ -87,6 +87,10 @@ METRIC_TITLES = {
     "matthews_correlation": "Matthews corr.",
     "pearson": "Pearson",
     "spearmanr": "Spearman",
+    "exact_match": "exact match",
+    "micro_f1": "micro F1",
+    "precision": "precision",
+    "recall": "recall",
 }
 
 

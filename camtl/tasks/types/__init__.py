@@ -12,8 +12,12 @@ from camtl.errors import UsageError
 from camtl.tasks.types.base import HeadSpec, Outputs, TaskType
 from camtl.tasks.types.choice import Choice
 from camtl.tasks.types.classification import Classification
+from camtl.tasks.types.cloze import Cloze
+from camtl.tasks.types.grouped import Grouped
+from camtl.tasks.types.marked_spans import MarkedSpans
 from camtl.tasks.types.multi_label import MultiLabel
 from camtl.tasks.types.regression import Regression
+from camtl.tasks.types.span import Span
 from camtl.tasks.types.tagging import Tagging
 
 TASK_TYPES: dict[str, TaskType] = {
@@ -22,6 +26,10 @@ TASK_TYPES: dict[str, TaskType] = {
     "multi_label": MultiLabel(),
     "tagging": Tagging(),
     "choice": Choice(),
+    "span": Span(),
+    "cloze": Cloze(),
+    "marked_spans": MarkedSpans(),
+    "grouped": Grouped(),
 }
 
 
@@ -45,10 +53,14 @@ __all__ = [
     "TASK_TYPES",
     "Choice",
     "Classification",
+    "Cloze",
+    "Grouped",
     "HeadSpec",
+    "MarkedSpans",
     "MultiLabel",
     "Outputs",
     "Regression",
+    "Span",
     "Tagging",
     "TaskType",
     "get_task_type",

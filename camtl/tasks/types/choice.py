@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from camtl.errors import UsageError
+from camtl.tasks.types._pairs import cut_first
 from camtl.tasks.types._places import first_token
 from camtl.tasks.types.base import (
     Columns,
@@ -15,7 +16,6 @@ from camtl.tasks.types.base import (
     Where,
     as_text,
     count,
-    encode_texts,
     is_missing,
     softmax,
 )
@@ -93,6 +93,9 @@ class Choice(TaskType):
                 out[name] = [_listed(value, name, where, i) for i, value in enumerate(own)]
             else:
                 out[name] = [as_text(value, name, where, i) for i, value in enumerate(own)]
+        for i, own in enumerate(_choices(task, out)):
+            if not all(text.strip() for text in own):
+                raise UsageError(f"{where(i)}: task {task.name!r}: a choice is empty")
         for i, (label, choices) in enumerate(
             zip(out.get(task.label_column, ()), _choices(task, out), strict=False)
         ):
@@ -108,30 +111,21 @@ class Choice(TaskType):
         asked = [" ".join(texts) for texts in zip(*(rows[c] for c in task.text_columns), strict=True)]
         separator = f" {tokenizer.sep_token} "
         choices = _choices(task, rows)
-        encoded = tokenizer(
-            asked,
-            [separator.join(own) for own in choices],
-            truncation="only_first" if _room(choices, tokenizer, max_length, separator) else "longest_first",
-            max_length=max_length,
-            return_token_type_ids=True,
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-        )
-        ids = encoded["input_ids"]
+        pairs = cut_first(asked, [separator.join(own) for own in choices], tokenizer, max_length)
         labels = rows.get(task.label_column)
         out: dict[str, list[Any]] = {
-            "input_ids": ids,
-            "token_type_ids": encoded.get("token_type_ids") or [[0] * len(row) for row in ids],
+            "input_ids": [pair.input_ids for pair in pairs],
+            "token_type_ids": [pair.token_type_ids for pair in pairs],
             "token_marks": [],
             "token_begin": [],
         }
         if labels is not None:
             out["token_labels"] = []
-        for i, own in enumerate(choices):
-            begins = [-1] * len(ids[i])
+        for i, (own, pair) in enumerate(zip(choices, pairs, strict=True)):
+            begins = [-1] * len(pair.input_ids)
             character = 0
             for number, text in enumerate(own):
-                place = first_token(character, encoded["offset_mapping"][i], encoded.sequence_ids(i), 1)
+                place = first_token(character, pair.offsets, pair.texts, 1)
                 if place is None or begins[place] >= 0:
                     raise UsageError(
                         f"task {task.name!r}: choice {number} ({text[:40]!r}) does not fit into "
@@ -208,12 +202,6 @@ def _listed(value: Any, name: str, where: Where, i: int) -> list[str]:
     if not isinstance(value, (list, tuple)) or len(value) < 2:
         raise UsageError(f"{where(i)}: the column {name!r} must list two or more choices, given {value!r}")
     return [as_text(text, name, where, i) for text in value]
-
-
-def _room(choices: Sequence[Sequence[str]], tokenizer: Any, max_length: int, separator: str) -> bool:
-    """Whether all choices fit beside a token of what is asked."""
-    ids = encode_texts([[separator.join(own) for own in choices]], tokenizer, 1 << 20)["input_ids"]
-    return max(map(len, ids)) + tokenizer.num_special_tokens_to_add(pair=True) < max_length
 
 
 def _probabilities(outputs: Outputs) -> list[list[float]]:

@@ -80,6 +80,11 @@ class Classification(TaskType):
         return {name: METRICS[name](predictions, labels) for name in task.metrics}
 
 
+def class_labels(task: Task, rows: Columns) -> list[float]:
+    """The label column of prepared rows as ``labels`` of :meth:`TaskType.encode`: NaN for rows without."""
+    return [math.nan if label is None or label == -1 else float(label) for label in rows[task.label_column]]
+
+
 def check_classes(task: Task) -> None:
     """Two or more distinct class names; ``ValueError`` if not."""
     if not task.labels or len(task.labels) < 2:

@@ -38,7 +38,7 @@ class MultiLabel(TaskType):
 
     def features(self, task: Task) -> dict[str, Any]:
         """The label column holds class ids."""
-        return {**dict.fromkeys(task.text_columns, "string"), task.label_column: ["int32"]}
+        return {**dict.fromkeys(task.text_columns, "string"), task.label_column: ["label"]}
 
     def prepare_label(self, task: Task, value: Any) -> list[int] | None:
         """Sorted class ids; an empty list or text means that no class applies, None that it is not known."""

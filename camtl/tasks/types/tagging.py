@@ -45,7 +45,7 @@ class Tagging(TaskType):
 
     def features(self, task: Task) -> dict[str, Any]:
         """Words, and a tag id a word."""
-        return {task.text_columns[0]: ["string"], task.label_column: ["int32"]}
+        return {task.text_columns[0]: ["string"], task.label_column: ["label"]}
 
     def prepare_label(self, task: Task, value: Any) -> list[int] | None:
         """Tag ids of a row."""
@@ -209,7 +209,7 @@ def _iob2(task: Task) -> bool:
 
 def _list(value: Any) -> list[Any] | None:
     """A list as given, or written as JSON, as CSV files have it; None if there is nothing."""
-    if is_missing(value) or value == "":
+    if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, str):
         text = value.strip()

@@ -1,0 +1,110 @@
+"""Yes or no for rows that belong together (MultiRC: all answers to one question)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from camtl.errors import UsageError
+from camtl.tasks.metrics import METRICS
+from camtl.tasks.types._pairs import cut_first
+from camtl.tasks.types.base import Columns, Outputs, Where, as_text, check_scores
+from camtl.tasks.types.classification import Classification, class_labels
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from camtl.tasks.schema import Task
+
+
+class Grouped(Classification):
+    """Two or three ``text_columns``: the first is read as one text, the others, joined by a blank, as the
+    second. ``group`` names the columns that rows of a group share; the default is all texts but the last.
+
+    Every row is learned and predicted by itself; only the metric ``exact_match`` looks at groups. Tokens are
+    taken from the first text, from both where the second alone is too long.
+    """
+
+    name = "grouped"
+    metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match", "accuracy")
+    default_metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
+    texts = (2, 3)
+    options: ClassVar[dict[str, Any]] = {"group": ()}
+    plain = False
+
+    def check(self, task: Task) -> None:
+        """Two class names; columns of groups."""
+        super().check(task)
+        if len(task.labels or ()) != 2:
+            raise ValueError(f"labels: a grouped task has two classes, given {len(task.labels or ())}")
+        group = task.option("group")
+        if not isinstance(group, (list, tuple)) or not all(isinstance(n, str) and n for n in group):
+            raise ValueError(f"options: group must list columns, given {group!r}")
+        if task.label_column in group:
+            raise ValueError("options: group must not hold the label column")
+
+    def columns(self, task: Task) -> list[str]:
+        """Texts, and the columns that name the group."""
+        return list(dict.fromkeys([*task.text_columns, *_group(task)]))
+
+    def features(self, task: Task) -> dict[str, Any]:
+        """What names the group is text."""
+        return {**dict.fromkeys(_group(task), "string"), **super().features(task)}
+
+    def prepare(
+        self, task: Task, columns: Columns, where: Where, allow_unlabelled: bool = False
+    ) -> dict[str, list[Any]]:
+        """Texts, labels, and what names the group as text."""
+        out = super().prepare(task, columns, where, allow_unlabelled)
+        for name in self.columns(task):
+            if name not in out:
+                out[name] = [as_text(value, name, where, i) for i, value in enumerate(columns[name])]
+        return out
+
+    def encode(self, task: Task, rows: Columns, tokenizer: Any, max_length: int) -> dict[str, list[Any]]:
+        """One pair of texts a row, with ``labels``."""
+        first, *others = (rows[column] for column in task.text_columns)
+        second = [" ".join(texts) for texts in zip(*others, strict=True)]
+        pairs = cut_first(first, second, tokenizer, max_length)
+        out: dict[str, list[Any]] = {
+            "input_ids": [pair.input_ids for pair in pairs],
+            "token_type_ids": [pair.token_type_ids for pair in pairs],
+        }
+        if task.label_column in rows:
+            out["labels"] = class_labels(task, rows)
+        return out
+
+    def shortest(self, task: Task, tokenizer: Any) -> int:
+        """A token of each of the two texts that are read."""
+        return int(tokenizer.num_special_tokens_to_add(pair=True)) + 2
+
+    def compute_metrics(self, outputs: Outputs, task: Task) -> dict[str, float]:
+        """F1 of the second class over all rows, and the share of groups whose rows are all right."""
+        import numpy as np
+
+        logits, labels = check_scores(outputs, 2, task)
+        return _scores(logits.argmax(axis=1), labels.astype(np.int64), outputs.need_rows(task), task)
+
+    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
+        """The most frequent class (the lower id of equals)."""
+        import numpy as np
+
+        classes, counts = np.unique(np.asarray(train[task.label_column]), return_counts=True)
+        labels = np.asarray(rows[task.label_column])
+        return _scores(np.full(len(labels), classes[int(counts.argmax())]), labels, rows, task)
+
+
+def _group(task: Task) -> tuple[str, ...]:
+    return tuple(task.option("group")) or task.text_columns[:-1]
+
+
+def _scores(predictions: np.ndarray, labels: np.ndarray, rows: Columns, task: Task) -> dict[str, float]:
+    right: dict[tuple[Any, ...], bool] = {}
+    keys = list(zip(*(rows[name] for name in _group(task)), strict=True))
+    if len(keys) != len(labels):
+        raise UsageError(f"task {task.name!r}: {len(labels)} answers, but the rows are {len(keys)}")
+    for key, good in zip(keys, predictions == labels, strict=True):
+        right[key] = bool(good) and right.get(key, True)
+    known = {"exact_match": sum(right.values()) / max(1, len(right))}
+    return {
+        name: known[name] if name in known else METRICS[name](predictions, labels) for name in task.metrics
+    }
