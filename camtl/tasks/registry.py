@@ -17,12 +17,23 @@ from camtl.tasks.schema import Task
 
 logger = logging.getLogger(__name__)
 
+_GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
+_SUPERGLUE = ("boolq", "cb", "copa", "multirc", "record", "wic", "wsc")  # and rte, which GLUE has too
+_MRQA = ("squad", "newsqa", "triviaqa", "searchqa", "hotpotqa", "naturalquestions")
+
 #: Names that stand for several tasks. ``glue`` are the eight tasks of the paper; wnli, whose validation set
-#: contradicts its training set by design, is only used when named.
+#: contradicts its training set by design, is only used when named. ``paper24`` and ``paper26`` are the
+#: mixtures of the paper, which counts the two validation sets of MNLI as two tasks and RTE twice.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "glue": ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"),
+    "glue": _GLUE,
+    "superglue": (*_SUPERGLUE[:5], "rte", *_SUPERGLUE[5:]),
+    "mrqa": _MRQA,
+    "paper24": (*_GLUE, *_SUPERGLUE, *_MRQA, "wnut17"),
+    "paper26": (*_GLUE, *_SUPERGLUE, *_MRQA, "wnut17", "scitail", "snli"),
     "demo": ("demo_acceptability", "demo_sentiment", "demo_entailment", "demo_similarity"),
 }
+#: Files of built-in tasks.
+BUILTIN = ("glue", "superglue", "mrqa", "more", "demo")
 ENTRY_POINT_GROUP = "camtl.tasks"
 
 _registered: dict[str, Task] = {}
@@ -31,7 +42,7 @@ _registered: dict[str, Task] = {}
 @cache
 def _builtin() -> dict[str, Task]:
     folder = Path(__file__).parent / "builtin"
-    return {task.name: task for name in ("glue", "demo") for task in load_tasks_yaml(folder / f"{name}.yaml")}
+    return {task.name: task for name in BUILTIN for task in load_tasks_yaml(folder / f"{name}.yaml")}
 
 
 @cache
@@ -104,8 +115,8 @@ def resolve_tasks(
     these.
 
     With ``tasks_file`` the names of that YAML file are known too (and come before built-in ones of the same
-    name); without ``spec`` all its tasks are meant. Raises :class:`UsageError` for unknown names, a task
-    named twice and result names that would collide.
+    name); without ``spec`` all its tasks are meant. A task of two groups is meant once. Raises
+    :class:`UsageError` for unknown names, a task named twice and result names that would collide.
     """
     own = {task.name: task for task in load_tasks_yaml(tasks_file)} if tasks_file is not None else {}
     if spec is None or (isinstance(spec, (str, Sequence)) and not spec):
@@ -116,13 +127,18 @@ def resolve_tasks(
         spec = list(own.values())
     known = {**_all(), **own}
     tasks: list[Task] = []
+    of_groups: set[str] = set()
     for item in [spec] if isinstance(spec, (str, Task)) else spec:
         if isinstance(item, Task):
             tasks.append(item)
             continue
         for name in filter(None, (part.strip() for part in str(item).split(","))):
-            members = GROUPS[name] if name in GROUPS and name not in own else (name,)
-            tasks.extend(_lookup(member, known) for member in members)
+            if name in GROUPS and name not in own:
+                members = [member for member in GROUPS[name] if member not in of_groups]
+                of_groups.update(members)
+                tasks.extend(_lookup(member, known) for member in members)
+            else:
+                tasks.append(_lookup(name, known))
     names = [task.name for task in tasks]
     twice = list(dict.fromkeys(name for name in names if names.count(name) > 1))
     if twice:
