@@ -87,7 +87,8 @@ class TaskType(ABC):
     texts: ClassVar[tuple[int, int | None]] = (1, 2)
     #: What ``options`` of a task may say, with the defaults.
     options: ClassVar[Mapping[str, Any]] = {}
-    #: Whether a row is nothing but its texts, so that ``predict`` takes strings and pairs.
+    #: Whether a model reads any text or pair for such a task, whatever its columns, so that ``predict`` need
+    #: not prepare and encode rows.
     plain: ClassVar[bool] = False
 
     @abstractmethod

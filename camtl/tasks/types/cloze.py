@@ -181,7 +181,11 @@ class Cloze(TaskType):
         found = scores([row["answer"] for row in self.decode(outputs, task)], references)
         return {name: found[name] for name in task.metrics}
 
-    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
+    def constant_answer(self, task: Task, rows: Columns) -> Any:
+        """No entity, but a rule: the one that the passage names most often."""
+        return "the entity named most often"
+
+    def constant_scores(self, task: Task, answer: Any, rows: Columns) -> dict[str, float]:
         """The candidate that the passage names most often (the first of equals)."""
         usual = [
             Counter(mention["text"] for mention in mentions).most_common(1)[0][0]

@@ -84,13 +84,19 @@ class Grouped(Classification):
         logits, labels = check_scores(outputs, 2, task)
         return _scores(logits.argmax(axis=1), labels.astype(np.int64), outputs.need_rows(task), task)
 
-    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
-        """The most frequent class (the lower id of equals)."""
+    def constant_answer(self, task: Task, rows: Columns) -> Any:
+        """The most frequent class id (the lower one of equals)."""
         import numpy as np
 
-        classes, counts = np.unique(np.asarray(train[task.label_column]), return_counts=True)
+        classes, counts = np.unique(np.asarray(rows[task.label_column]), return_counts=True)
+        return int(classes[int(counts.argmax())])
+
+    def constant_scores(self, task: Task, answer: Any, rows: Columns) -> dict[str, float]:
+        """Metrics of one class for all rows."""
+        import numpy as np
+
         labels = np.asarray(rows[task.label_column])
-        return _scores(np.full(len(labels), classes[int(counts.argmax())]), labels, rows, task)
+        return _scores(np.full(len(labels), int(answer)), labels, rows, task)
 
 
 def _group(task: Task) -> tuple[str, ...]:

@@ -45,7 +45,6 @@ class Span(TaskType):
         "no_answer": False,
         "null_threshold": 0.0,
     }
-    plain = True
 
     def check(self, task: Task) -> None:
         """No class names; options in their ranges."""
@@ -175,10 +174,12 @@ class Span(TaskType):
         found = scores(answers, references, no_answer=task.option("no_answer"))
         return {name: found[name] for name in task.metrics}
 
-    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
-        """Never an answer, where rows may have none; else there is no frequent answer to give."""
-        if not task.option("no_answer"):
-            return None
+    def constant_answer(self, task: Task, rows: Columns) -> Any:
+        """No answer, where rows may have none; else there is no frequent answer to give."""
+        return "" if task.option("no_answer") else None
+
+    def constant_scores(self, task: Task, answer: Any, rows: Columns) -> dict[str, float]:
+        """Metrics of no answer for all rows."""
         references = [label["text"] for label in rows[task.label_column]]
         found = scores([""] * len(references), references, no_answer=True)
         return {name: found[name] for name in task.metrics}
