@@ -13,6 +13,18 @@ from camtl.errors import UsageError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+#: In ``token_labels``: the token has no label.
+NO_LABEL = -100
+# Columns with one number for every token, as they are held in memory.
+_PER_TOKEN = {
+    "input_ids": np.int32,
+    "token_type_ids": np.int8,
+    "token_marks": np.int8,
+    "token_labels": np.int32,
+}
+# Those that a batch has if any of its rows does, with what the others and padding hold there.
+_OPTIONAL = {"token_marks": 0, "token_labels": NO_LABEL}
+
 
 class MultiTaskDataset(torch.utils.data.Dataset):
     """The tokenised rows of all tasks, one after another: row ``offsets[t] + i`` is row i of task t.
@@ -21,8 +33,9 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         datasets: ``{task name: tokenised Dataset}`` (columns of :func:`camtl.data.tokenize`).
         task_names: the order of the tasks, which gives the ids; default the order of ``datasets``.
 
-    An item is a dict: ``input_ids`` and ``token_type_ids`` (integer arrays), ``labels`` (float, if the task
-    has them) and ``task_id``. The columns are held as flat arrays, so that reading a row costs microseconds.
+    An item is a dict: ``input_ids``, ``token_type_ids`` and, if the task has them, ``token_marks`` and
+    ``token_labels`` (integer arrays), ``labels`` (float, or a float array for several a row); ``task_id``.
+    The columns are held as flat arrays, so that reading a row costs microseconds. Other columns are not read.
     """
 
     def __init__(self, datasets: Mapping[str, Dataset], task_names: Sequence[str] | None = None) -> None:
@@ -67,20 +80,34 @@ class _Columns:
             )
         table: pa.Table = dataset.with_format("arrow")[:]
         self.rows = table.num_rows
-        self.input_ids, self.starts = _flat(table, "input_ids", np.int32)
-        self.token_type_ids, _ = _flat(table, "token_type_ids", np.int8)
-        self.labels = None
+        self.per_token: dict[str, np.ndarray] = {}
+        for column, dtype in _PER_TOKEN.items():
+            if column not in table.column_names:
+                continue
+            values, starts = _flat(table, column, dtype)
+            if not self.per_token:
+                self.starts = starts
+            elif not np.array_equal(starts, self.starts):
+                raise UsageError(
+                    f"the data set of task {name!r}: {column} must have one entry for each of input_ids"
+                )
+            self.per_token[column] = values
+        self.labels: np.ndarray | None = None
+        self.label_starts: np.ndarray | None = None  # where a row has several
         if "labels" in table.column_names:
-            self.labels = table.column("labels").to_numpy().astype(np.float32)
+            if pa.types.is_nested(table.schema.field("labels").type):
+                self.labels, self.label_starts = _flat(table, "labels", np.float32)
+            else:
+                self.labels = table.column("labels").to_numpy().astype(np.float32)
 
     def row(self, i: int) -> dict[str, Any]:
         part = slice(self.starts[i], self.starts[i + 1])
-        item: dict[str, Any] = {
-            "input_ids": self.input_ids[part],
-            "token_type_ids": self.token_type_ids[part],
-        }
+        item: dict[str, Any] = {column: values[part] for column, values in self.per_token.items()}
         if self.labels is not None:
-            item["labels"] = float(self.labels[i])
+            if self.label_starts is None:
+                item["labels"] = float(self.labels[i])
+            else:
+                item["labels"] = self.labels[self.label_starts[i] : self.label_starts[i + 1]]
         return item
 
 
@@ -104,12 +131,18 @@ class MultiTaskCollator:
         max_seqlen: of packed batches, what they say of their longest row; None: its length. A fixed number
             keeps ``torch.compile`` from compiling once more for another longest row.
 
-    Called with a list of features (``input_ids``, ``task_id``, optional ``token_type_ids`` and ``labels``),
-    returns int64 ``task_ids`` [B], float32 ``labels`` [B] (a class id or a number) if every row has one, and
+    Called with a list of features (``input_ids``, ``task_id``, optional ``token_type_ids``, ``labels``,
+    ``token_marks`` and ``token_labels``), returns int64 ``task_ids`` [B], float32 ``labels`` [B] (a class id
+    or a number) if every row has a label, and
 
     - padded: int64 ``input_ids``, ``attention_mask``, ``token_type_ids`` of shape [B, S];
     - packed: int64 ``input_ids``, ``token_type_ids`` [N], int32 ``cu_seqlens`` [B+1] and the int
-      ``max_seqlen``. Tokens from ``cu_seqlens[B]`` on belong to no row.
+      ``max_seqlen``. Tokens from ``cu_seqlens[B]`` on belong to no row;
+    - if any row has them: int64 ``token_marks`` and ``token_labels``, shaped like ``input_ids``. Rows without
+      them, and padding, hold 0 and -100.
+
+    A row that has ``token_labels`` alone has 0 in ``labels``. With a row of several labels ``labels`` is [B,
+    C], C the largest number of them; other rows' labels are in column 0, and the rest is 0.
     """
 
     def __init__(
@@ -130,11 +163,15 @@ class MultiTaskCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Pad or pack, and stack; at least one row."""
         rows = [np.asarray(feature["input_ids"]) for feature in features]
-        batch = self._packed(rows, features) if self.packed else self._padded(rows, features)
+        fills = {"input_ids": self.pad_token_id, "token_type_ids": 0}
+        for name, fill in _OPTIONAL.items():
+            if any(feature.get(name) is not None for feature in features):
+                fills[name] = fill
+        batch = self._packed(rows, features, fills) if self.packed else self._padded(rows, features, fills)
         batch["task_ids"] = torch.tensor([int(feature["task_id"]) for feature in features])
-        labels = [feature.get("labels") for feature in features]
-        if all(label is not None for label in labels):
-            batch["labels"] = torch.tensor([float(label) for label in labels if label is not None])
+        labels = _labels(features)
+        if labels is not None:
+            batch["labels"] = labels
         return batch
 
     def _rounded(self, size: int) -> int:
@@ -143,39 +180,52 @@ class MultiTaskCollator:
             return step(size)
         return -(-size // step) * step if step else size
 
-    def _padded(self, rows: list[np.ndarray], features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _padded(
+        self, rows: list[np.ndarray], features: Sequence[Mapping[str, Any]], fills: Mapping[str, int]
+    ) -> dict[str, Any]:
         shape = (len(rows), self._rounded(max(len(row) for row in rows)))
-        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        token_type_ids = np.zeros(shape, dtype=np.int64)
+        batch = {name: np.full(shape, fill, dtype=np.int64) for name, fill in fills.items()}
+        batch["attention_mask"] = np.zeros(shape, dtype=np.int64)
         for i, (row, feature) in enumerate(zip(rows, features, strict=True)):
-            input_ids[i, : len(row)] = row
-            attention_mask[i, : len(row)] = 1
-            types = feature.get("token_type_ids")
-            if types is not None:
-                token_type_ids[i, : len(row)] = types
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(attention_mask),
-            "token_type_ids": torch.from_numpy(token_type_ids),
-        }
+            batch["attention_mask"][i, : len(row)] = 1
+            for name in fills:
+                values = feature.get(name)
+                if values is not None:
+                    batch[name][i, : len(row)] = values
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
 
-    def _packed(self, rows: list[np.ndarray], features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _packed(
+        self, rows: list[np.ndarray], features: Sequence[Mapping[str, Any]], fills: Mapping[str, int]
+    ) -> dict[str, Any]:
         ends = np.cumsum([0, *map(len, rows)])
         size = self._rounded(int(ends[-1]))
-        input_ids = np.full(size, self.pad_token_id, dtype=np.int64)
-        token_type_ids = np.zeros(size, dtype=np.int64)
+        batch = {name: np.full(size, fill, dtype=np.int64) for name, fill in fills.items()}
         for begin, row, feature in zip(ends[:-1], rows, features, strict=True):
-            input_ids[begin : begin + len(row)] = row
-            types = feature.get("token_type_ids")
-            if types is not None:
-                token_type_ids[begin : begin + len(row)] = types
+            for name in fills:
+                values = feature.get(name)
+                if values is not None:
+                    batch[name][begin : begin + len(row)] = values
         return {
-            "input_ids": torch.from_numpy(input_ids),
-            "token_type_ids": torch.from_numpy(token_type_ids),
+            **{name: torch.from_numpy(values) for name, values in batch.items()},
             "cu_seqlens": torch.from_numpy(ends.astype(np.int32)),
             "max_seqlen": self.max_seqlen or max(len(row) for row in rows),
         }
+
+
+def _labels(features: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
+    """float32 ``[B]``, or ``[B, C]`` where a row has several; None unless every row has one, of its own or
+    on its tokens.
+    """
+    labels = [feature.get("labels") for feature in features]
+    if any(x is None and f.get("token_labels") is None for x, f in zip(labels, features, strict=True)):
+        return None
+    if not any(np.ndim(label) for label in labels if label is not None):
+        return torch.tensor([0.0 if label is None else float(label) for label in labels])
+    several = [np.zeros(1) if label is None else np.atleast_1d(label) for label in labels]
+    table = np.zeros((len(several), max(map(len, several))), dtype=np.float32)
+    for i, label in enumerate(several):
+        table[i, : len(label)] = label
+    return torch.from_numpy(table)
 
 
 def bucket(size: int) -> int:

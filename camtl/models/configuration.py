@@ -73,8 +73,10 @@ class CaMtlConfig(PreTrainedConfig):
 
     ``preset`` (``ca-mtl``, ``ca-mtl-base`` or ``ca-mtl-large``) fills the switches below; a switch given
     explicitly wins. ``tasks`` is an ordered list of task names, of dicts (``name, type, num_labels, labels,
-    loss, label_mean, label_std``; more keys are kept) or of objects with ``to_config()``; the config stores
-    the names in ``tasks`` and the dicts, in the same order, in ``task_info``.
+    loss, reads, label_mean, label_std``; more keys are kept) or of objects with ``to_config()``; the config
+    stores the names in ``tasks`` and the dicts, in the same order, in ``task_info``. ``reads`` is what the
+    outputs are computed from: ``pooled`` (default), ``spans`` (that vector and two marked spans), ``tokens``
+    (classes of each token) or ``positions`` (the marked positions of a sequence compete).
 
     Switches (values of ``ca-mtl-base`` first):
 

@@ -232,7 +232,8 @@ class CaMtlModel(CaMtlPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-    ) -> CaMtlModelOutput | tuple[Tensor, ...]:
+        restore_padding: bool = True,
+    ) -> CaMtlModelOutput | tuple[Any, ...]:
         """Encode a batch of sequences, each for its own task.
 
         Args:
@@ -247,6 +248,8 @@ class CaMtlModel(CaMtlPreTrainedModel):
             output_hidden_states: return all hidden states.
             output_attentions: return attention probabilities (padded input only).
             return_dict: False returns a tuple.
+            restore_padding: False leaves the last hidden state of a padded batch that ran without its padding
+                as it is; ``packing`` tells then.
 
         Raises:
             ValueError: input longer than ``max_seq_length``, missing task ids, contradicting arguments.
@@ -293,9 +296,10 @@ class CaMtlModel(CaMtlPreTrainedModel):
         )
         pooled = self.pooler(output, cu_seqlens) if self.pooler is not None else None
         if padded_form is not None:
-            output = padded_form.restore(output)
+            output = padded_form.restore(output) if restore_padding else output
             states = None if states is None else tuple(padded_form.restore(state) for state in states)
-        result = CaMtlModelOutput(output, pooled, states, attentions)
+        left = None if restore_padding else padded_form
+        result = CaMtlModelOutput(output, pooled, states, attentions, left)
         return result if (config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def _without_padding(

@@ -17,11 +17,12 @@ _CONDITIONAL = re.compile(
     r"|conditional_alignment|(^|\.)adapter(_layer)?\."
 )
 _LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
-_HEADS = "heads."
+# The prefixes of what belongs to no encoder: the heads of all kinds, and what pools spans for them.
+HEADS = ("heads.", "token_heads.", "span_pooler.")
 
 # Names of the groups in `parameter_counts`, first match wins.
 _GROUPS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("decoders", re.compile(r"^heads\.")),
+    ("decoders", re.compile(r"^(heads|token_heads|span_pooler)\.")),
     ("task_type_embeddings", re.compile(r"task_type_embeddings")),
     ("conditional_alignment", re.compile(r"conditional_alignment")),
     ("task_transformation", re.compile(r"task_transformation")),
@@ -37,7 +38,7 @@ _GROUPS: tuple[tuple[str, re.Pattern[str]], ...] = (
 
 def is_conditional(name: str) -> bool:
     """Whether a parameter of this name exists only because the model is conditional (heads are not)."""
-    return not name.startswith(_HEADS) and _CONDITIONAL.search(name) is not None
+    return not name.startswith(HEADS) and _CONDITIONAL.search(name) is not None
 
 
 def stays_fixed(name: str, config: CaMtlConfig) -> bool:

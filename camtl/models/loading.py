@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from camtl.errors import UsageError
 from camtl.models.configuration import SWITCHES, CaMtlConfig
 from camtl.models.families import FAMILIES, Family
-from camtl.models.freezing import is_conditional
+from camtl.models.freezing import HEADS, is_conditional
 from camtl.models.initialisation import reinitialise
 from camtl.models.task_info import check_same_tasks
 
@@ -265,14 +265,14 @@ def _check_loaded(model: Any, name: str, info: dict[str, Any], own: bool, shapes
     if own:
         unexpected = sorted(info.get("unexpected_keys", ()))
         base_only = type(model).__name__ == "CaMtlModel"
-        unexpected = [key for key in unexpected if not (base_only and key.startswith("heads."))]
+        unexpected = [key for key in unexpected if not (base_only and key.startswith(HEADS))]
         if missing or unexpected:
             raise UsageError(
                 f"{name}: model.safetensors does not fit config.json (missing: {missing[:5]}, unexpected: "
                 f"{unexpected[:5]})"
             )
         return
-    absent = [key for key in missing if not key.startswith("heads.") and not is_conditional(key)]
+    absent = [key for key in missing if not key.startswith(HEADS) and not is_conditional(key)]
     family = FAMILIES[model.config.family]
     if any(".pooler." not in f".{key}" for key in absent):
         raise UsageError(

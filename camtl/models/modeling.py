@@ -7,22 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from camtl.errors import UsageError
 from camtl.models.configuration import CaMtlConfig
 from camtl.models.encoder import CaMtlModel, CaMtlPreTrainedModel
+from camtl.models.heads import TaskHeadsMixin
 from camtl.models.outputs import CaMtlOutput
 from camtl.models.prediction import PredictionMixin
 from camtl.models.reference_format import ReferenceFormatMixin
 from camtl.models.task_life import TaskLifeMixin
-from camtl.nn import StackedHeads
 
 
-class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, CaMtlPreTrainedModel):
-    """One encoder for all tasks, one row of task embedding and one slice of the stacked head matrix per task.
+class CaMtlForMultiTask(
+    TaskLifeMixin, TaskHeadsMixin, PredictionMixin, ReferenceFormatMixin, CaMtlPreTrainedModel
+):
+    """One encoder for all tasks; for each a row of the task embedding and a slice of a stacked head matrix.
 
-    Task ids are the positions in ``config.tasks``.
+    ``heads`` belong to the tasks that read one vector per sequence (the pooled one, or that of
+    ``span_pooler`` where two spans are marked), ``token_heads`` to those that read tokens or positions; a
+    module that no task needs is None. Task ids are the positions in ``config.tasks``.
     """
 
     def __init__(self, config: CaMtlConfig) -> None:
@@ -33,11 +36,7 @@ class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, Ca
         if not config.tasks:
             raise UsageError("tasks: none given; a multi-task model needs at least one (tasks=['cola', ...])")
         self.bert = CaMtlModel(config)
-        self.heads = StackedHeads(
-            config.hidden_size,
-            [info["num_labels"] for info in config.task_info],
-            [info["loss"] for info in config.task_info],
-        )
+        self._build_heads()
         self.head_dropout_p = float(config.classifier_dropout)
         self.register_buffer("label_mean", torch.zeros(0), persistent=False)
         self.register_buffer("label_std", torch.zeros(0), persistent=False)
@@ -64,7 +63,7 @@ class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, Ca
         """Take the label scales from the config; call it after changing ``config.task_info`` by hand."""
         scales = [self.label_scale(name) for name in self.config.tasks]
         self.scales_labels = any(scale != (0.0, 1.0) for scale in scales)
-        device = self.heads.weight.device
+        device = self.bert.get_input_embeddings().weight.device
         # float64 whatever the weights are: a rounded scale would no longer fit the config's (mps has none)
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.label_mean = torch.tensor([mean for mean, _ in scales], dtype=dtype, device=device)
@@ -103,6 +102,8 @@ class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, Ca
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        token_marks: Tensor | None = None,
+        token_labels: Tensor | None = None,
     ) -> CaMtlOutput | tuple[Any, ...]:
         """Encode a batch in which every sequence may have its own task.
 
@@ -111,26 +112,49 @@ class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, Ca
             attention_mask: ``[B, S]``, 1 or True marks a real token; None: all are real.
             token_type_ids: like ``input_ids``; None: all zero.
             task_ids: int64 ``[B]``, positions in ``config.tasks``; None: the active task, or the only one.
-            labels: ``[B]``, float or int (class numbers may be float); ``[B, C_max]`` for multi-label tasks.
+            labels: ``[B]``, float or int (class numbers may be float); ``[B, C]`` where sequences of
+                multi-label tasks are in the batch. What sequences of tasks that read tokens or positions
+                have there counts for nothing.
             cu_seqlens: int32 ``[B+1]``, offsets of the packed sequences.
             max_seqlen: the longest packed sequence as a host int; None: ``max_seq_length``.
             inputs_embeds: word embeddings instead of ``input_ids``.
             output_hidden_states: return all hidden states.
             output_attentions: return attention probabilities (padded input only).
             return_dict: False returns a tuple.
+            token_marks: integers like ``input_ids``, 0 on tokens that do not count. Tasks that read tokens: 1
+                on each token that is labelled or would be. Positions: 1 wherever the answer may be. Spans: 1
+                on the first one's tokens, 2 on the second's, 3 on tokens of both. Pooled: not read; None is
+                fine for them.
+            token_labels: integers like ``input_ids``. Tasks that read tokens: the class, -100 for none.
+                Positions: bit j (``1 << j``) is set where the position is right for output j. Read only
+                where ``token_marks`` is not 0.
 
         Returns:
             :class:`CaMtlOutput`. With labels of standardised regression tasks the loss (and the logits) are
             in the standardised scale.
 
         Raises:
-            ValueError: input longer than ``max_seq_length``, missing task ids, contradicting arguments.
+            ValueError: input longer than ``max_seq_length``, missing task ids, contradicting arguments,
+                ``token_marks`` missing where they are needed (and that can be known without waiting for a
+                device; else no token counts, and such tasks count as absent).
         """
         source = input_ids if input_ids is not None else inputs_embeds
         if task_ids is None and source is not None:
             sequences = source.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             task_ids = torch.full(
                 (sequences,), self.default_task_id(), dtype=torch.int64, device=source.device
+            )
+        inputs = None
+        if source is not None and task_ids is not None:
+            inputs = self._token_inputs(
+                source,
+                input_ids is not None,
+                task_ids,
+                token_marks,
+                token_labels,
+                attention_mask,
+                cu_seqlens,
+                max_seqlen,
             )
         encoded = self.bert(
             input_ids,
@@ -143,30 +167,16 @@ class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, Ca
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            restore_padding=False,
         )
         assert task_ids is not None
-        pooled = encoded.pooler_output
-        features = F.dropout(pooled, self.head_dropout_p, self.training)
-        targets = None if labels is None else self._standardise(labels, task_ids)
-        loss_per_task, logits, entropy = self.heads(features, task_ids, targets)
+        prediction = self._predict_all(encoded, task_ids, labels, inputs)
         result = CaMtlOutput(
-            loss=None if labels is None else self._mean_over_present(loss_per_task, task_ids),
-            loss_per_task=None if labels is None else loss_per_task,
-            logits=logits,
-            entropy=entropy,
-            pooled_output=pooled,
+            **prediction._asdict(),
+            pooled_output=encoded.pooler_output,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
         return (
             result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
         )
-
-    @staticmethod
-    def _mean_over_present(loss_per_task: Tensor, task_ids: Tensor) -> Tensor:
-        """The mean over the tasks in the batch (an absent task's loss is 0), without asking the host who is
-        there.
-        """
-        numbers = torch.arange(loss_per_task.shape[0], device=task_ids.device)
-        present = (task_ids.unsqueeze(0) == numbers.unsqueeze(1)).any(1).sum()
-        return loss_per_task.sum() / present.clamp(min=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -97,27 +98,25 @@ def pack(
 
 
 def select_sequences(
-    source: Tensor,
-    token_type_ids: Tensor | None,
+    columns: Mapping[str, Tensor],
     cu_seqlens: Tensor,
     indices: Tensor,
     *,
     rows: int | None = None,
-    fill: int = 0,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    fill: Mapping[str, int] | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
     """Packed sequences ``indices`` ``[k]`` of packed rows, in that order.
 
     Args:
-        source: ``[N]``, token ids.
-        token_type_ids: ``[N]`` or None.
+        columns: ``[N]`` each: token ids, and whatever else there is of every token.
         cu_seqlens: int32 ``[B+1]``.
         indices: int64 ``[k]``, each in [0, B).
         rows: rows of the result, enough for the chosen sequences; those behind the last one belong to no
-            sequence and hold ``fill``. None: as many as they have, which is read from the device.
-        fill: a token id.
+            sequence. None: as many as they have, which is read from the device.
+        fill: what the rows of no sequence hold, by column; default 0.
 
     Returns:
-        ``(source [rows], token_type_ids [rows] or None, cu_seqlens [k+1])``.
+        ``({name: column [rows]}, cu_seqlens [k+1])``.
     """
     begins = cu_seqlens[:-1].index_select(0, indices)
     lengths = cu_seqlens[1:].index_select(0, indices) - begins
@@ -126,10 +125,11 @@ def select_sequences(
     number = sequence_of_row(ends, count)
     inside = number < indices.shape[0]
     number = number.clamp(max=indices.shape[0] - 1)
-    place = torch.arange(count, device=source.device) - ends.index_select(0, number)
+    place = torch.arange(count, device=ends.device) - ends.index_select(0, number)
     place = torch.where(inside, begins.index_select(0, number) + place, 0)
-    chosen = torch.where(inside, source.index_select(0, place), fill)
-    types = None
-    if token_type_ids is not None:
-        types = torch.where(inside, token_type_ids.index_select(0, place), 0)
-    return chosen, types, ends
+    fill = fill or {}
+    chosen = {
+        name: torch.where(inside, column.index_select(0, place), fill.get(name, 0))
+        for name, column in columns.items()
+    }
+    return chosen, ends

@@ -197,6 +197,7 @@ class ReferenceFormatMixin:
             fields[name] = value
         own = CaMtlConfig(**fields, tasks=_tasks_for(sizes, tasks))
         _check_structure(own, variant)
+        _check_reads(own.task_info)
         own.architectures = [cls.__name__]
         model = cls(own).to(state["bert.embeddings.word_embeddings.weight"].dtype)
         depth = own.num_hidden_layers
@@ -224,8 +225,10 @@ class ReferenceFormatMixin:
     def to_reference(self: Any) -> dict[str, Tensor]:
         """This model's state dict under the released names: the exact inverse of :meth:`from_reference`.
 
-        Raises :class:`UsageError` for a model whose switches the released code does not know.
+        Raises :class:`UsageError` for a model whose switches the released code does not know, and for tasks
+        that read anything but the pooled vector.
         """
+        _check_reads(self.config.task_info)
         variant = reference_variant(self.config)
         # clones: what is done to the result must not reach the model
         return to_reference_state(
@@ -240,6 +243,15 @@ def _check_family(family: Any) -> None:
     if family != "bert" and family in FAMILIES:
         raise UsageError(
             f"config: its encoder is of family {family!r}; the released code's format has 'bert' only"
+        )
+
+
+def _check_reads(task_info: Iterable[Mapping[str, Any]]) -> None:
+    other = [f"{info['name']!r} reads {info['reads']}" for info in task_info if info["reads"] != "pooled"]
+    if other:
+        raise UsageError(
+            f"tasks: {', '.join(other)}; the released code's format has only heads that read the pooled "
+            "vector"
         )
 
 

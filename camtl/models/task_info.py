@@ -9,6 +9,13 @@ from typing import Any
 
 from camtl.errors import UsageError
 
+# What a task's outputs are computed from: the pooled vector, that and the means of two marked spans, every
+# token (a softmax over classes) or the marked positions of a sequence (a softmax over them).
+READS = ("pooled", "spans", "tokens", "positions")
+NEEDS_MARKS = ("spans", "tokens", "positions")
+PER_TOKEN = ("tokens", "positions")
+MOST_SCORES = 31  # right answers travel as the bits of an int32
+
 
 def split_tasks(tasks: str | Iterable[Any]) -> list[Any]:
     """The entries of a task list; a string is split at commas.
@@ -67,7 +74,7 @@ def normalise_tasks(
 def check_same_tasks(model: str, stored: Sequence[Mapping[str, Any]], tasks: str | Iterable[Any]) -> None:
     """Raise :class:`UsageError` unless ``tasks`` are those of a model folder.
 
-    Same names in the same order, and no number of labels, loss or label names that differ.
+    Same names in the same order, and no number of labels, loss, label names or ``reads`` that differ.
     """
     entries = [{"name": e} if isinstance(e, str) else described(e) for e in split_tasks(tasks)]
     given, names = [e.get("name") for e in entries], [info["name"] for info in stored]
@@ -77,7 +84,7 @@ def check_same_tasks(model: str, stored: Sequence[Mapping[str, Any]], tasks: str
             "leave the tasks out, or use add_task / remove_task after loading"
         )
     for entry, info in zip(entries, stored, strict=True):
-        for field in ("num_labels", "loss", "labels"):
+        for field in ("num_labels", "loss", "labels", "reads"):
             value = entry.get(field)
             value = list(value) if isinstance(value, tuple) else value
             if value is not None and value != info[field]:
@@ -100,8 +107,11 @@ def _complete(info: dict[str, Any]) -> dict[str, Any]:
             f"tasks: {info!r} has no name; accepted: a dict with at least 'name' and 'num_labels'"
         )
     labels = _names(name, info.get("labels"))
+    reads = info.get("reads") or "pooled"
+    if reads not in READS:
+        raise UsageError(f"task {name!r}: reads {reads!r} is not accepted; accepted: {', '.join(READS)}")
     count = info.get("num_labels", len(labels) if labels else None)
-    kind = info.get("type", "regression" if count == 1 else "classification")
+    kind = info.get("type", "regression" if count == 1 and reads == "pooled" else "classification")
     if count is None and kind == "regression":
         count = 1
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -111,9 +121,16 @@ def _complete(info: dict[str, Any]) -> dict[str, Any]:
         )
     if labels is not None and len(labels) != count:
         raise UsageError(f"task {name!r}: num_labels is {count} but {len(labels)} labels are named: {labels}")
-    loss = info.get("loss") or ("mse" if kind == "regression" or count == 1 else "ce")
+    number = kind == "regression" or (count == 1 and reads == "pooled")
+    loss = info.get("loss") or ("mse" if number else "ce")
     if loss not in ("ce", "mse", "bce"):
         raise UsageError(f"task {name!r}: loss {loss!r} is not accepted; accepted: ce, mse, bce")
+    if reads != "pooled" and loss != "ce":
+        raise UsageError(f"task {name!r}: loss is {loss!r}; accepted: ce, as it reads {reads}")
+    if reads == "positions" and count > MOST_SCORES:
+        raise UsageError(
+            f"task {name!r}: num_labels is {count}; accepted: 1..{MOST_SCORES}, as it reads positions"
+        )
     if loss == "mse" and count != 1:
         raise UsageError(f"task {name!r}: num_labels is {count}; accepted: 1, as its loss is mse")
     mean, std = (_number(name, key, info.get(key), loss) for key in ("label_mean", "label_std"))
@@ -126,6 +143,7 @@ def _complete(info: dict[str, Any]) -> dict[str, Any]:
         "num_labels": count,
         "labels": labels,
         "loss": loss,
+        "reads": reads,
         "label_mean": mean,
         "label_std": std,
     }

@@ -16,7 +16,6 @@ class TaskLifeMixin:
 
     config: Any
     bert: Any
-    heads: Any
     _active_task: str | None = None
 
     @property
@@ -45,8 +44,9 @@ class TaskLifeMixin:
     def add_task(self: Any, task: Any) -> int:
         """Add a task (name, dict or task object) at the end and return its id.
 
-        Its embedding row and head rows start at N(0, ``initializer_range``); everything else stays as it was,
-        and so do the other tasks' outputs (to rounding). The task embedding and the heads become new
+        Its embedding row and head rows start at N(0, ``initializer_range``), and so does what the first task
+        of its kind brings along (``heads``, ``token_heads``, ``span_pooler``). Everything else stays as it
+        was, and so do the other tasks' outputs (to rounding). The task embedding and the heads become new
         parameters: build optimisers anew. A taken name or a bad description raises :class:`UsageError`.
         """
         info = normalise_tasks([task], None)[0]
@@ -59,20 +59,23 @@ class TaskLifeMixin:
         if embedding is not None:
             row = torch.empty_like(embedding.weight[:1]).normal_(0.0, std)
             self._set_task_embedding(torch.cat([embedding.weight, row]))
-        self.heads.append(info["num_labels"], info["loss"], std=std)
+        self._add_heads(info)
         self._set_tasks([*self.config.task_info, info])
         return self.config.num_tasks - 1
 
     @torch.no_grad()
     def remove_task(self: Any, name: str) -> None:
-        """Drop a task; the ids of the tasks behind it go down by one. The last task cannot be removed."""
+        """Drop a task; the ids of the tasks behind it go down by one. The last task cannot be removed.
+
+        With the last task of a kind what only its kind needs goes too.
+        """
         index = self.config.task_index(name)
         if self.config.num_tasks == 1:
             raise UsageError(f"task {name!r} is the model's only task and cannot be removed")
         embedding = self.bert.task_type_embeddings
         if embedding is not None:
             self._set_task_embedding(torch.cat([embedding.weight[:index], embedding.weight[index + 1 :]]))
-        self.heads.remove(index)
+        self._remove_heads(index)
         self._set_tasks([info for info in self.config.task_info if info["name"] != name])
         if self._active_task == name:
             self._active_task = None

@@ -11,6 +11,8 @@ from camtl.nn.film import FiLM, FiLMLinear
 from camtl.nn.heads import StackedHeads
 from camtl.nn.hypernetwork import HyperNetwork
 from camtl.nn.norm import ConditionalLayerNorm, FusedLayerNorm, NormTables
+from camtl.nn.span_pooler import SpanPooler
+from camtl.nn.token_heads import TokenHeads, TokenOutput
 
 __all__ = [
     "ConditionalAlignment",
@@ -22,6 +24,9 @@ __all__ = [
     "FusedLayerNorm",
     "HyperNetwork",
     "NormTables",
+    "SpanPooler",
     "StackedHeads",
+    "TokenHeads",
+    "TokenOutput",
     "UpProjection",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camtl.data.collating import bucket
+from camtl.data.collating import NO_LABEL, bucket
 from camtl.errors import UsageError
 from camtl.models.packing import select_sequences
 from camtl.ops import select_uncertain
@@ -23,7 +23,16 @@ from camtl.training.arguments import BORROW_PREFIX, CaMtlTrainingArguments
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]  # tensors; of packed batches also host integers
-_PADDED = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+# Columns that hold one number for every token, and those with an answer, which scoring does without.
+_PADDED = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "token_marks",
+    "token_labels",
+)
+_ANSWERS = ("labels", "token_labels")
 
 
 class UncertaintySelector:
@@ -92,7 +101,7 @@ class UncertaintySelector:
         The model is left in the mode it was scored in. No gradient is recorded.
         """
         model.train(self.score_dropout)
-        inputs = {key: value for key, value in batch.items() if key not in ("labels", "lengths")}
+        inputs = {key: value for key, value in batch.items() if key not in (*_ANSWERS, "lengths")}
         rows = batch["task_ids"].shape[0]
         chunk = self.score_batch_size or rows
         if chunk >= rows:
@@ -129,20 +138,21 @@ def select_rows(batch: Mapping[str, Any], indices: Tensor) -> Batch:
     if "cu_seqlens" not in batch:
         return trim_padding({key: value.index_select(0, indices) for key, value in batch.items()})
     chosen = {key: batch[key].index_select(0, indices) for key in ("task_ids", "labels") if key in batch}
-    source, cu_seqlens = batch["input_ids"], batch["cu_seqlens"]
-    on_host = source.device.type == "cpu"
+    columns = {name: batch[name] for name in _PADDED if name in batch}
+    on_host = batch["input_ids"].device.type == "cpu"
     room = None if on_host else bucket(sum(sorted(batch["lengths"])[-indices.shape[0] :]))
-    ids, types, ends = select_sequences(source, batch.get("token_type_ids"), cu_seqlens, indices, rows=room)
+    columns, ends = select_sequences(
+        columns, batch["cu_seqlens"], indices, rows=room, fill={"token_labels": NO_LABEL}
+    )
     longest = int((ends[1:] - ends[:-1]).max()) if on_host else batch["max_seqlen"]
-    chosen |= {"input_ids": ids, "cu_seqlens": ends, "max_seqlen": longest}
-    return chosen if types is None else chosen | {"token_type_ids": types}
+    return chosen | columns | {"cu_seqlens": ends, "max_seqlen": longest}
 
 
 def packed_part(batch: Mapping[str, Any], lengths: Sequence[int], start: int, stop: int) -> Batch:
     """Rows ``start`` to ``stop`` of a packed batch whose rows have ``lengths`` tokens."""
     begin, end = sum(lengths[:start]), sum(lengths[:stop])
     part = {"task_ids": batch["task_ids"][start:stop], "max_seqlen": max(lengths[start:stop])}
-    for name in ("input_ids", "token_type_ids"):
+    for name in _PADDED:
         if name in batch:
             part[name] = batch[name][begin:end]
     return part | {"cu_seqlens": batch["cu_seqlens"][start : stop + 1] - begin}

@@ -168,16 +168,15 @@ def test_select_sequences(rows):
     types = torch.arange(16) % 2
     cu = torch.tensor([0, 3, 3, 8, 12], dtype=torch.int32)  # rows 12 to 15 belong to none
     chosen = torch.tensor([3, 0, 1, 0])
-    got, got_types, ends = packing.select_sequences(source, types, cu, chosen, rows=rows, fill=7)
+    columns = {"ids": source, "types": types}
+    got, ends = packing.select_sequences(columns, cu, chosen, rows=rows, fill={"ids": 7})
     pieces = [list(range(cu[i], cu[i + 1])) for i in chosen]
     flat = [row for piece in pieces for row in piece]
     assert ends.tolist() == [0, *torch.tensor([len(p) for p in pieces]).cumsum(0).tolist()]
     assert ends.dtype == torch.int32
-    assert got.tolist() == [100 + i for i in flat] + [7] * ((rows or len(flat)) - len(flat))
-    assert got_types.tolist() == [i % 2 for i in flat] + [0] * ((rows or len(flat)) - len(flat))
-    without, none, _ = packing.select_sequences(source, None, cu, chosen, rows=rows)
-    assert none is None
-    assert torch.equal(without[: len(flat)], got[: len(flat)])
+    assert got.keys() == columns.keys()
+    assert got["ids"].tolist() == [100 + i for i in flat] + [7] * ((rows or len(flat)) - len(flat))
+    assert got["types"].tolist() == [i % 2 for i in flat] + [0] * ((rows or len(flat)) - len(flat))
 
 
 def test_from_pretrained_keeps_the_switch(make_model, tmp_path):

@@ -163,6 +163,7 @@ def test_what_the_samplers_refuse(make_trainer, options):
 # What a step runs, and where something there may read the device, with the reason.
 STEP = {
     "models/encoder.py": {},
+    "models/heads.py": dict.fromkeys(("_check_no_marks", "_targets"), "eager CPU only"),
     "models/modeling.py": {},
     "models/layers.py": {},
     "models/packing.py": {"pack": "packed=True on padded batches: one read, as documented"},
@@ -173,6 +174,8 @@ STEP = {
     "nn/heads.py": {},
     "nn/hypernetwork.py": {},
     "nn/norm.py": {},
+    "nn/span_pooler.py": {},
+    "nn/token_heads.py": {"_check_labels": "eager CPU only"},
     "training/uncertainty.py": {"trim_padding": "only on the CPU"},
 }
 READS = {"item", "tolist", "cpu", "nonzero", "numpy", "masked_select", "unique", "synchronize"}
