@@ -12,6 +12,8 @@ from transformers import BertConfig, BertModel
 
 from camtl.models import CaMtlConfig, CaMtlForMultiTask
 
+from . import token_batches
+
 TASKS = [
     {"name": "zeta", "num_labels": 2, "labels": ["no", "yes"]},
     {"name": "alpha", "num_labels": 1, "type": "regression"},
@@ -74,6 +76,16 @@ def make_batch():
             "task_ids": torch.tensor(tasks),
             "labels": labels,
         }
+
+    return make
+
+
+@pytest.fixture
+def mixed(make_batch):
+    """A padded batch of tasks of every kind."""
+
+    def make(lengths=token_batches.LENGTHS, tasks=token_batches.TASKS, infos=token_batches.ALL, **more):
+        return token_batches.add_tokens(make_batch(lengths=lengths, tasks=tasks, **more), infos)
 
     return make
 
