@@ -129,3 +129,85 @@ def test_buckets_are_few_and_waste_little():
     assert all(b <= max(64, 1.125 * n + 64) for n, b in enumerate(sizes, 1))
     assert len(set(sizes)) < 70
     assert {b % 64 for b in sizes} == {0}
+
+
+# -- marks and labels of tokens
+TAGGED = Dataset.from_dict(
+    {
+        "input_ids": [[1, 2, 3], [4, 5]],
+        "token_type_ids": [[0, 0, 0], [0, 0]],
+        "length": [3, 2],
+        "token_marks": [[0, 1, 1], [1, 0]],
+        "token_labels": [[-100, 4, 0], [2, -100]],
+        "row": [7, 8],
+        "token_begin": [[-1, 0, 1], [0, -1]],
+        "token_end": [[-1, 0, 1], [0, -1]],
+    }
+)
+
+
+def test_rows_with_marks_and_labels_of_tokens():
+    data = MultiTaskDataset({"a": A, "tags": TAGGED.select([1, 0])})
+    assert "token_marks" not in data[0]
+    row = data[3]
+    assert row.keys() == {"input_ids", "token_type_ids", "token_marks", "token_labels", "task_id"}
+    assert (row["token_marks"].tolist(), row["token_marks"].dtype) == ([0, 1, 1], "int8")
+    assert (row["token_labels"].tolist(), row["token_labels"].dtype) == ([-100, 4, 0], "int32")
+    wrong = TAGGED.remove_columns("token_marks").add_column("token_marks", [[0, 1], [1, 0, 0]])
+    with pytest.raises(UsageError, match="'tags': token_marks must have one entry for each of input_ids"):
+        MultiTaskDataset({"tags": wrong})
+
+
+def test_a_batch_has_them_if_any_row_does():
+    data = MultiTaskDataset({"a": A, "tags": TAGGED})
+    batch = MultiTaskCollator(99)([data[i] for i in (0, 3, 2)])
+    assert batch["token_marks"].tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 1]]
+    assert batch["token_labels"].tolist() == [[-100] * 3, [2, -100, -100], [-100, 4, 0]]
+    assert batch["labels"].tolist() == [1.0, 0.0, 0.0]  # labels on their tokens are labels
+    assert batch.keys() == {
+        "input_ids", "attention_mask", "token_type_ids", "token_marks", "token_labels", "task_ids", "labels",
+    }  # fmt: skip
+    assert {t.dtype for name, t in batch.items() if name != "labels"} == {torch.int64}
+    without = MultiTaskCollator(99)([data[0], data[1]])
+    assert not without.keys() & {"token_marks", "token_labels"}
+
+
+def test_rows_without_labels_keep_their_marks():
+    unlabelled = MultiTaskDataset({"tags": TAGGED.remove_columns("token_labels")})
+    batch = MultiTaskCollator(0)([unlabelled[0], unlabelled[1]])
+    assert batch["token_marks"].tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert not batch.keys() & {"labels", "token_labels"}
+    labelled = MultiTaskDataset({"tags": TAGGED})
+    mixed = MultiTaskCollator(0)([unlabelled[0], labelled[1]])
+    assert mixed["token_labels"].tolist() == [[-100] * 3, [2, -100, -100]]
+    assert "labels" not in mixed
+
+
+@pytest.mark.parametrize("step", [None, 8], ids=["exact", "multiple"])
+def test_packed_marks_and_labels(step):
+    data = MultiTaskDataset({"a": A, "tags": TAGGED})
+    rows = [data[i] for i in (3, 0, 2)]
+    padded, packed = MultiTaskCollator(99)(rows), MultiTaskCollator(99, step, packed=True)(rows)
+    real = padded["attention_mask"].bool()
+    for name, fill in (("token_marks", 0), ("token_labels", -100)):
+        assert packed[name].dtype == torch.int64
+        assert torch.equal(packed[name][:8], padded[name][real])
+        assert packed[name].shape == packed["input_ids"].shape
+        assert (packed[name][8:] == fill).all()
+    assert torch.equal(packed["labels"], padded["labels"])
+
+
+def test_rows_of_several_labels():
+    topics = Dataset.from_dict(
+        {
+            "input_ids": [[1, 2], [3]],
+            "token_type_ids": [[0, 0], [0]],
+            "labels": [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]],
+        }
+    )
+    data = MultiTaskDataset({"topics": topics.select([1, 0]), "a": A, "tags": TAGGED})
+    for packed in (False, True):
+        batch = MultiTaskCollator(0, packed=packed)([data[i] for i in (0, 3, 4, 1)])
+        assert batch["labels"].dtype == torch.float32
+        assert batch["labels"].tolist() == [[0, 1, 0], [4, 0, 0], [0, 0, 0], [1, 0, 1]]
+    assert MultiTaskCollator(0)([data[3], data[4]])["labels"].shape == (2,)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from camtl.data import MultiTaskCollator
+from camtl.models import CaMtlConfig, CaMtlForMultiTask
 from camtl.training import UncertaintySelector
 from camtl.training.uncertainty import packed_part, select_rows, trim_padding
 
@@ -221,6 +223,116 @@ def test_rows_of_a_packed_batch():
     assert part["input_ids"].tolist() == [14, 15, 16, 17, 18, 19]
     assert part["cu_seqlens"].tolist() == [0, 1, 1, 6]
     assert (part["max_seqlen"], part["task_ids"].tolist()) == (5, [1, 2, 0])
+
+
+def with_tokens(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with marks and labels of its tokens, each a number of its own."""
+    ids = batch["input_ids"]
+    return {**batch, "token_marks": ids % 2, "token_labels": ids - 10}
+
+
+def test_rows_take_marks_and_labels_of_their_tokens_along():
+    rows = select_rows(with_tokens(packed_batch()), torch.tensor([1, 0]))
+    assert rows["input_ids"].tolist() == [14, 10, 11, 12, 13]
+    assert rows["token_marks"].tolist() == [0, 0, 1, 0, 1]
+    assert rows["token_labels"].tolist() == [4, 0, 1, 2, 3]
+    batch = with_tokens(packed_batch())
+    part = packed_part(batch, batch["lengths"], 1, 4)
+    assert part["token_marks"].tolist() == [0, 1, 0, 1, 0, 1]
+    assert part["token_labels"].tolist() == [4, 5, 6, 7, 8, 9]
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]])
+    padded = {
+        "input_ids": torch.arange(12).view(3, 4),
+        "attention_mask": mask,
+        "token_marks": mask * 2,
+        "token_labels": torch.arange(12).view(3, 4) - 5,
+        "task_ids": torch.tensor([0, 1, 2]),
+        "labels": torch.zeros(3, 4),  # [B, C], not a number for every token
+    }
+    rows = select_rows(padded, torch.tensor([2, 0]))
+    assert rows["token_marks"].tolist() == [[2, 0], [2, 2]]
+    assert rows["token_labels"].tolist() == [[3, 4], [-5, -4]]
+    assert rows["labels"].shape == (2, 4)
+
+
+KINDS = [
+    {"name": "pair", "num_labels": 2},
+    {"name": "tags", "num_labels": 3, "reads": "tokens"},
+    {"name": "words", "num_labels": 2, "reads": "spans"},
+    {"name": "answer", "num_labels": 2, "reads": "positions"},
+]
+
+
+@pytest.fixture
+def kinds_model() -> CaMtlForMultiTask:
+    torch.manual_seed(0)
+    config = CaMtlConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=24, max_seq_length=16, tasks=KINDS,
+    )  # fmt: skip
+    model = CaMtlForMultiTask(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def mixture() -> list[dict[str, Any]]:
+    """Three rows of each of the four kinds, as the collator takes them."""
+    generator = torch.Generator().manual_seed(2)
+    features = []
+    for i in range(12):
+        task, size = i // 3, 3 + i % 5
+        row: dict[str, Any] = {"task_id": task, "labels": float(i % 2)}
+        row["input_ids"] = torch.randint(1, 60, (size,), generator=generator).tolist()
+        if task:
+            row["token_marks"] = [1, 1, *torch.randint(0, 2, (size - 2,), generator=generator).tolist()]
+        if task in (1, 3):
+            del row["labels"]
+            row["token_labels"] = torch.randint(0, 3, (size,), generator=generator).tolist()
+        features.append(row)
+    return features
+
+
+@pytest.mark.parametrize("chunk", [None, 5], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_selection_of_a_mixture(kinds_model, packed, chunk):
+    """The rows chosen are those of largest entropy, whole: each alone has the loss it had among all."""
+    features = mixture()
+    batch = MultiTaskCollator(0, packed=packed)(features)
+    batch["lengths"] = tuple(len(f["input_ids"]) for f in features)
+    if not packed:
+        del batch["lengths"]
+    selector = UncertaintySelector(kinds_model.config.task_info, 5, score_batch_size=chunk)
+    scores = []
+    kinds_model.eval()
+    for feature in features:
+        scores.append(kinds_model(**MultiTaskCollator(0)([feature])).entropy.item())
+    rows = sorted(range(12), key=lambda i: -scores[i])[:5]
+    assert len({features[i]["task_id"] for i in rows}) > 2
+    torch.testing.assert_close(selector.entropy(kinds_model, batch), torch.tensor(scores))
+    chosen = selector.select(kinds_model, batch)
+    assert chosen["task_ids"].tolist() == [features[i]["task_id"] for i in rows]
+    want = kinds_model(**MultiTaskCollator(0)([features[i] for i in rows]))
+    got = kinds_model(**chosen)
+    torch.testing.assert_close(got.loss_per_task, want.loss_per_task)
+    torch.testing.assert_close(got.token_logits, want.token_logits)
+    torch.testing.assert_close(got.loss, want.loss)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_selection_of_a_mixture_asks_another_device_nothing(kinds_model, packed):
+    features = mixture()
+    batch = MultiTaskCollator(0, packed=packed)(features)
+    there = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    if packed:
+        there["lengths"] = tuple(len(f["input_ids"]) for f in features)
+    model = kinds_model.to("meta")
+    chosen = UncertaintySelector(model.config.task_info, 5, score_batch_size=5).select(model, there)
+    assert chosen["token_marks"].shape == chosen["token_labels"].shape == chosen["input_ids"].shape
+    model.train()
+    model(**chosen).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_a_step_with_selection_asks_another_device_nothing(make_model):
