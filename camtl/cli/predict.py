@@ -179,7 +179,7 @@ def _row(task: Task, texts: Sequence[str], where: str) -> Row:
     except ValueError as error:
         one = len(task.text_columns) == 1 and where == "--text"
         hint = "; repeat --text for several texts" if one else ""
-        raise UsageError(f"{where}: the task {task.name} {error}{hint}") from None
+        raise UsageError(f"{where}: task {task.name!r} {error}{hint}") from None
 
 
 def _line_rows(lines: Iterable[str], task: Task, name: str) -> Iterator[Row]:

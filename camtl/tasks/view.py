@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from camtl.tasks.types import TASK_TYPES, TaskType, get_task_type
+from camtl.tasks.types import TaskType, get_task_type, is_task_type
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TaskView:
     def from_config(cls, info: Mapping[str, Any]) -> TaskView:
         """The task of an entry; classes without names are called by their numbers."""
         labels, kind = info.get("labels"), info["type"]
-        if kind not in TASK_TYPES and info.get("reads", "pooled") == "pooled":
+        if not is_task_type(kind) and info.get("reads", "pooled") == "pooled":
             kind = "classification"  # of a package that is not installed here: what its loss says of it
         if kind == "classification":
             kind = {"mse": "regression", "bce": "multi_label"}.get(info["loss"], kind)

@@ -1,12 +1,15 @@
 """The registry of task types: one line each.
 
 A further type is a subclass of :class:`TaskType`, entered here or, from outside, with
-:func:`register_task_type`.
+:func:`register_task_type` or as an entry point of the group ``camtl.task_types``.
 """
 
 from __future__ import annotations
 
+import logging
 from difflib import get_close_matches
+from functools import cache
+from importlib import metadata
 
 from camtl.errors import UsageError
 from camtl.tasks.types.base import HeadSpec, Outputs, TaskType
@@ -32,6 +35,26 @@ TASK_TYPES: dict[str, TaskType] = {
     "grouped": Grouped(),
 }
 
+#: Entry points of installed packages: each a :class:`TaskType`, as class or object.
+ENTRY_POINT_GROUP = "camtl.task_types"
+logger = logging.getLogger(__name__)
+
+
+@cache
+def _load_from_packages() -> None:
+    """Enter the types of installed packages, once."""
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            found = entry.load()
+            task_type = found() if isinstance(found, type) else found
+            if not isinstance(task_type, TaskType):
+                raise TypeError(f"expected a TaskType, got {found!r}")
+            register_task_type(task_type)
+        except Exception as error:  # a broken plug-in must not take the others with it
+            logger.warning(
+                "the task type of the installed package entry %r is left out: %s", entry.value, error
+            )
+
 
 def register_task_type(task_type: TaskType) -> None:
     """Make a type of your own usable as ``type:`` of a task. A name that exists is refused."""
@@ -40,9 +63,16 @@ def register_task_type(task_type: TaskType) -> None:
     TASK_TYPES[task_type.name] = task_type
 
 
+def is_task_type(name: str) -> bool:
+    """Whether there is a type of this name."""
+    if name not in TASK_TYPES:
+        _load_from_packages()
+    return name in TASK_TYPES
+
+
 def get_task_type(name: str) -> TaskType:
     """The task type called ``name``; unknown names raise :class:`UsageError` with the known ones."""
-    if name not in TASK_TYPES:
+    if not is_task_type(name):
         close = get_close_matches(name, TASK_TYPES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UsageError(f"unknown task type {name!r}{hint} Known types: {', '.join(TASK_TYPES)}")
@@ -64,5 +94,6 @@ __all__ = [
     "Tagging",
     "TaskType",
     "get_task_type",
+    "is_task_type",
     "register_task_type",
 ]

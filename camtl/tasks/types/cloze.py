@@ -135,9 +135,12 @@ class Cloze(TaskType):
     def row(self, task: Task, texts: Sequence[str]) -> dict[str, Any]:
         """Texts alone do not say which entities there are."""
         raise ValueError(
-            "texts alone are no row of a cloze task; give rows as JSON Lines with "
-            f"{', '.join(self.columns(task))}"
+            f"needs more than texts; give rows as JSON Lines with {', '.join(self.columns(task))}"
         )
+
+    def answers(self, task: Task) -> str:
+        """For tables."""
+        return "an entity"
 
     def head(self, task: Task) -> HeadSpec:
         """One score at every mention."""

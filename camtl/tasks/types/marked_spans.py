@@ -108,8 +108,7 @@ class MarkedSpans(Classification):
     def row(self, task: Task, texts: Sequence[str]) -> dict[str, Any]:
         """Texts alone do not say where the places are."""
         raise ValueError(
-            "texts alone are no row of a marked_spans task; give rows as JSON Lines with "
-            f"{', '.join(self.columns(task))}"
+            f"needs more than texts; give rows as JSON Lines with {', '.join(self.columns(task))}"
         )
 
     def head(self, task: Task) -> HeadSpec:
