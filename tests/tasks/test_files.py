@@ -50,7 +50,7 @@ def test_a_bare_list_and_a_byte_order_mark_are_fine(write):
 
 
 def test_round_trip(write, tmp_path):
-    tasks = [*load_tasks_yaml(write(TWO)), *resolve_tasks("glue,demo,wnli")]
+    tasks = [*load_tasks_yaml(write(TWO)), *resolve_tasks("paper26,demo,wnli,udpos_en")]
     path = dump_tasks_yaml(tasks, tmp_path / "elsewhere" / "tasks.yaml")
     assert load_tasks_yaml(path) == tasks
 

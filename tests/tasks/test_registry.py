@@ -29,7 +29,8 @@ def test_built_in_tasks():
         task = get_task(name)
         assert task.description
         assert task.licence
-        assert task.source is not None
+        assert task.citation or name in GROUPS["demo"]
+        assert task.source is not None or name in ("trec", "subj", "sst5")
     assert get_task("mnli").labels == ("entailment", "neutral", "contradiction")
     assert get_task("mnli").eval_splits == ("validation", "validation_mismatched")
     assert get_task("rte").labels == ("entailment", "not_entailment")
@@ -50,12 +51,29 @@ def test_resolving_names_groups_lists_and_objects():
     assert names(own("mine")) == ["mine"]
 
 
+def test_groups_of_the_paper():
+    glue = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"]
+    mrqa = ["squad", "newsqa", "triviaqa", "searchqa", "hotpotqa", "naturalquestions"]
+    assert names("superglue") == ["boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc"]
+    assert names("mrqa") == mrqa
+    paper24 = [*glue, *["boolq", "cb", "copa", "multirc", "record", "wic", "wsc"], *mrqa, "wnut17"]
+    assert names("paper24") == paper24
+    assert len(paper24) == 22
+    assert names("paper26") == [*paper24, "scitail", "snli"]
+
+
+def test_a_task_of_two_groups_is_meant_once():
+    assert names("glue,superglue") == [*names("glue"), *(n for n in names("superglue") if n != "rte")]
+    assert names("paper26,glue,mrqa") == names("paper26")
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
         ("mrcp", ["'mrcp'", "mrpc", "wnli", "glue"]),
         ("MNLI", ["did you mean mnli"]),
         ("glue,cola", ["more than once", "cola"]),
+        ("superglue,rte", ["more than once", "rte"]),
         ("rte,rte", ["more than once", "rte"]),
         ("", ["no tasks given"]),
         (None, ["no tasks given"]),

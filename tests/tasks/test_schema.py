@@ -91,11 +91,14 @@ def test_tasks_are_immutable():
         make().name = "other"
 
 
-@pytest.mark.parametrize("name", ["cola", "mnli", "stsb"])
+@pytest.mark.parametrize(
+    "name", ["cola", "mnli", "stsb", "wnut17", "copa", "squad", "record", "wsc", "multirc"]
+)
 def test_config_round_trip(name):
     task = get_task(name)
     info = json.loads(json.dumps(task.to_config()))
-    assert list(info)[:7] == ["name", "type", "num_labels", "labels", "loss", "label_mean", "label_std"]
+    first = ["name", "type", "num_labels", "labels", "loss", "reads", "label_mean", "label_std"]
+    assert list(info)[:8] == first
     back = Task.from_config({**info, "label_mean": 2.5, "own_key": 1})
     for field in (
         "name",
@@ -106,5 +109,6 @@ def test_config_round_trip(name):
         "metrics",
         "eval_splits",
         "label_range",
+        "options",
     ):
         assert getattr(back, field) == getattr(task, field)

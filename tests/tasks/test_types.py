@@ -7,7 +7,7 @@ import pytest
 
 from camtl.errors import UsageError
 from camtl.tasks import HeadSpec, Task, TaskType, get_task, get_task_type, register_task_type
-from camtl.tasks.types import TASK_TYPES, Classification
+from camtl.tasks.types import TASK_TYPES, Classification, Outputs
 
 
 def where(row):
@@ -19,6 +19,10 @@ def prepare(task, labels, allow_unlabelled=False, **columns):
     return task.task_type.prepare(task, {**columns, task.label_column: labels}, where, allow_unlabelled)[
         "label"
     ]
+
+
+def scored(logits, labels):
+    return Outputs(sequences={"labels": labels}, logits=logits)
 
 
 def classes(*names):
@@ -103,19 +107,22 @@ def test_heads():
 def test_decode():
     task = get_task("rte")
     logits = np.array([[2.0, 0.0, -np.inf], [0.0, 1.0, -np.inf]])
-    first, second = task.task_type.decode(logits, task)
+    first, second = task.task_type.decode(Outputs(logits=logits), task)
     assert first["label"] == "entailment"
     assert second["label"] == "not_entailment"
     assert first["score"] == pytest.approx(1 / (1 + np.exp(-2)))
     assert sum(first["probabilities"].values()) == pytest.approx(1.0)
-    assert get_task("stsb").task_type.decode(np.array([[2.5]]), get_task("stsb")) == [{"score": 2.5}]
+    stsb = get_task("stsb")
+    assert stsb.task_type.decode(Outputs(logits=np.array([[2.5]])), stsb) == [{"score": 2.5}]
+    standardised = Outputs(logits=np.array([[0.5]]), mean=2.0, deviation=3.0)
+    assert stsb.task_type.decode(standardised, stsb) == [{"score": 3.5}]
 
 
 def test_metrics_ignore_the_columns_of_other_tasks():
     task = get_task("mrpc")
     logits = np.array([[0.0, 1.0, 9.0], [1.0, 0.0, 9.0], [0.0, 1.0, 9.0], [0.0, 1.0, 9.0]])
     labels = np.array([1.0, 0.0, 0.0, 1.0], dtype=np.float32)
-    metrics = task.task_type.compute_metrics(logits, labels, task)
+    metrics = task.task_type.compute_metrics(scored(logits, labels), task)
     assert list(metrics) == ["f1", "accuracy"]
     assert metrics == pytest.approx({"f1": 0.8, "accuracy": 0.75})
 
@@ -123,14 +130,14 @@ def test_metrics_ignore_the_columns_of_other_tasks():
 def test_metrics_check_their_input():
     task = get_task("rte")
     with pytest.raises(UsageError, match="no rows"):
-        task.task_type.compute_metrics(np.zeros((0, 2)), np.zeros(0), task)
+        task.task_type.compute_metrics(scored(np.zeros((0, 2)), np.zeros(0)), task)
     for logits, labels in (
         (np.zeros((3, 1)), np.zeros(3)),
         (np.zeros((3, 2)), np.zeros(2)),
         (np.zeros(3), np.zeros(3)),
     ):
         with pytest.raises(ValueError, match="logits"):
-            task.task_type.compute_metrics(logits, labels, task)
+            task.task_type.compute_metrics(scored(logits, labels), task)
 
 
 def test_unknown_type():

@@ -213,7 +213,7 @@ def _right(answers: Sequence[str], candidates: Sequence[str]) -> set[int]:
 
 
 def _mentions(value: Any, passage: str, column: str) -> list[dict[str, Any]]:
-    """The mentions in the passage, in its order; ``ValueError`` if there are none."""
+    """The mentions in the passage, in its order, longer ones first; ``ValueError`` if there are none."""
     value = as_json(value)
     if isinstance(value, dict):  # columns of a table: {"text": [...], "start": [...], "end": [...]}
         fields = {name: list(as_json(own)) for name, own in value.items() if name in _FIELDS}
@@ -231,9 +231,8 @@ def _mentions(value: Any, passage: str, column: str) -> list[dict[str, Any]]:
     places.extend(_occurrences({name.strip() for name in names} - {""}, passage))
     if not places:
         raise ValueError(f"none of them is in {column}: {', '.join(map(repr, names[:5]))}")
-    return [
-        {"text": passage[begin:end], "start": begin, "end": end - 1} for begin, end in sorted(set(places))
-    ]
+    ordered = sorted(set(places), key=lambda place: (place[0], -place[1]))
+    return [{"text": passage[begin:end], "start": begin, "end": end - 1} for begin, end in ordered]
 
 
 def _place(entity: dict[str, Any], passage: str, column: str) -> tuple[int, int]:
@@ -276,7 +275,7 @@ def _numbers(
     numbers = [-1] * len(window.input_ids)
     places = window.places()
     ends = [window.offsets[place][1] for place in places]
-    for mention in sorted(mentions, key=lambda mention: (mention["start"], -mention["end"])):
+    for mention in mentions:
         i = bisect_right(ends, mention["start"])
         # The window before holds the beginning of a mention that this one holds the rest of.
         if i == 0 and not first and places and window.offsets[places[0]][0] > mention["start"]:

@@ -33,9 +33,9 @@ class Grouped(Classification):
 
     def check(self, task: Task) -> None:
         """Two class names; columns of groups."""
+        if task.labels and len(task.labels) != 2:
+            raise ValueError(f"labels: a grouped task has two classes, given {len(task.labels)}")
         super().check(task)
-        if len(task.labels or ()) != 2:
-            raise ValueError(f"labels: a grouped task has two classes, given {len(task.labels or ())}")
         group = task.option("group")
         if not isinstance(group, (list, tuple)) or not all(isinstance(n, str) and n for n in group):
             raise ValueError(f"options: group must list columns, given {group!r}")
