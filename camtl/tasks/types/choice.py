@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from camtl.errors import UsageError
+from camtl.tasks.types._given import as_json
 from camtl.tasks.types._pairs import cut_first
 from camtl.tasks.types._places import first_token
 from camtl.tasks.types.base import (
@@ -46,12 +47,18 @@ class Choice(TaskType):
         if task.labels:
             raise ValueError("labels: a choice task has no class names; its label is the number of a choice")
         choices = task.option("choices")
-        if isinstance(choices, str) or not choices or not all(isinstance(name, str) for name in choices):
+        listed = isinstance(choices, (list, tuple)) and all(isinstance(name, str) for name in choices)
+        if not choices or not listed:
             raise ValueError(
                 "options: choices must name the columns of the choices, or the one column that lists them; "
                 f"given {choices!r}"
             )
-        for column in task.option("values"):
+        values = task.option("values")
+        if not isinstance(values, Mapping) or not all(isinstance(own, Mapping) for own in values.values()):
+            raise ValueError(
+                f"options: values must be of the form {{column: {{value: text}}}}, given {values!r}"
+            )
+        for column in values:
             if column not in task.text_columns:
                 raise ValueError(f"options: values is about {column!r}, which is no text column")
 
@@ -198,7 +205,7 @@ def _choices(task: Task, rows: Columns) -> list[list[str]]:
 
 
 def _listed(value: Any, name: str, where: Where, i: int) -> list[str]:
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = as_json(value)
     if not isinstance(value, (list, tuple)) or len(value) < 2:
         raise UsageError(f"{where(i)}: the column {name!r} must list two or more choices, given {value!r}")
     return [as_text(text, name, where, i) for text in value]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from camtl.errors import UsageError
 from camtl.tasks.squad_scores import normalised, scores
+from camtl.tasks.types._given import as_json, check_whole
 from camtl.tasks.types._pairs import Pair, shortest, windows
 from camtl.tasks.types.base import Columns, HeadSpec, Outputs, TaskType, Where, is_missing
-from camtl.tasks.types.span import as_json, check_whole
 
 if TYPE_CHECKING:
     from camtl.tasks.schema import Task
@@ -70,7 +70,7 @@ class Cloze(TaskType):
             value = [value]
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"answers {value!r} are no list of texts")
-        texts = [part.get("text") if isinstance(part, dict) else part for part in value]
+        texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in value]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"answers {value!r} are no list of texts")
         return list(dict.fromkeys(text for text in texts if text.strip())) or None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 class MultiLabel(TaskType):
     """A row's label is a list of class names or ids, text with ``separator`` between them, or a list of a 0
-    or 1 for every class; binary cross entropy, one output per class.
+    or 1 for every class (of two classes: true or false); binary cross entropy, one output per class.
     """
 
     name = "multi_label"
@@ -44,6 +44,7 @@ class MultiLabel(TaskType):
         """Sorted class ids; an empty list or text means that no class applies, None that it is not known."""
         if is_missing(value):
             return None
+        value = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(value, str):
             value = [part.strip() for part in value.split(task.option("separator")) if part.strip()]
         elif isinstance(value, (int, float)):
@@ -51,10 +52,9 @@ class MultiLabel(TaskType):
         elif not isinstance(value, (list, tuple)):
             raise ValueError(f"label {value!r} is no list of classes")
         names = task.labels or ()
-        yes_or_no = len(value) == len(names) and all(
-            isinstance(part, (int, float)) and part in (0, 1) for part in value
-        )
-        if yes_or_no and (len(names) > 2 or sorted(value) != [0, 1]):
+        # Of two classes [0, 1] may be both ids; there only booleans are one a class.
+        flags = all(isinstance(part, bool) or (len(names) > 2 and part in (0, 1)) for part in value)
+        if flags and len(value) == len(names):
             return [i for i, part in enumerate(value) if part]
         ids = [class_id(task, part) for part in value]
         if None in ids:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from camtl.errors import UsageError
 from camtl.tasks.squad_scores import scores
+from camtl.tasks.types._given import as_json, check_whole
 from camtl.tasks.types._pairs import Pair, shortest, windows
 from camtl.tasks.types._places import covering
 from camtl.tasks.types.base import Columns, HeadSpec, Outputs, TaskType, Where, is_missing, softmax
@@ -189,28 +189,11 @@ class Span(TaskType):
         return {name: found[name] for name in task.metrics}
 
 
-def check_whole(task: Task, option: str, least: int) -> None:
-    """``ValueError`` if an option is no whole number of at least ``least``."""
-    value = task.option(option)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"options: {option} must be a whole number of at least {least}, given {value!r}")
-
-
 def no_answer_place(window: Pair, tokenizer: Any) -> int:
     """The token that is chosen where a window has no answer: [CLS], else the first special one."""
     if tokenizer.cls_token_id in window.input_ids:
         return window.input_ids.index(tokenizer.cls_token_id)
     return next((place for place, text in enumerate(window.texts) if text is None), 0)
-
-
-def as_json(value: Any) -> Any:
-    """The list or object that a CSV file holds as JSON text; other values as they are."""
-    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _answers(value: Any) -> tuple[list[str], list[int]]:
