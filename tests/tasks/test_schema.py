@@ -97,7 +97,7 @@ def test_tasks_are_immutable():
 def test_config_round_trip(name):
     task = get_task(name)
     info = json.loads(json.dumps(task.to_config()))
-    first = ["name", "type", "num_labels", "labels", "loss", "reads", "label_mean", "label_std"]
+    first = ["name", "type", "num_labels", "labels", "loss", "label_mean", "label_std", "reads"]
     assert list(info)[:8] == first
     back = Task.from_config({**info, "label_mean": 2.5, "own_key": 1})
     for field in (

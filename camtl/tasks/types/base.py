@@ -212,6 +212,13 @@ class TaskType(ABC):
         """The metrics of always giving ``answer`` (of :meth:`constant_answer`) to prepared rows."""
         raise ValueError(f"a {task.type} task has no constant answer")
 
+    def baseline(self, task: Task, train: Columns, rows: Columns) -> dict[str, float] | None:
+        """The metrics of always giving the most frequent answer of prepared rows ``train``; None if there is
+        none worth the name.
+        """
+        answer = self.constant_answer(task, train)
+        return None if answer is None else self.constant_scores(task, answer, rows)
+
 
 def is_missing(value: Any) -> bool:
     """None or NaN: how JSON, Parquet and pandas say that there is nothing."""
