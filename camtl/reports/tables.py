@@ -62,9 +62,7 @@ def majority_baseline(
     Returns:
         The task's metrics, e.g. ``{"accuracy": 0.68, "f1": 0.81}``. A correlation with a constant is 0.
     """
-    found = task.task_type.baseline(
-        task, {task.label_column: train_labels}, {task.label_column: eval_labels}
-    )
+    found = task.task_type.baseline(task, {task.label_column: train_labels}, {task.label_column: eval_labels})
     return found or {}
 
 

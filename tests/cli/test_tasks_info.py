@@ -109,7 +109,6 @@ def test_check_of_what_is_not_there(run, tmp_path: Path) -> None:
     assert "no folder 'cola'" in run("tasks", "check", "cola", "--data_dir", tmp_path).error_line
     (tmp_path / "cola").mkdir()
     assert "neither train nor validation" in run("tasks", "check", "cola", "--data_dir", tmp_path).error_line
-    assert "is a group" in run("tasks", "check", "glue").error_line
 
 
 def test_the_example_of_own_files_is_in_order(run) -> None:
