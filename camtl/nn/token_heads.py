@@ -181,7 +181,8 @@ def _tokens(
     ``z`` ``[B, S, C_max]``; ``columns`` ``[B, C_max]``, the own ones, ``sizes`` ``[B]`` of them; ``counted``
     ``[B, S]``, the tokens, none in sequences of other tasks; ``labels`` ``[B, S]``.
     """
-    # A row without any column would give NaN. As in multitask_loss, both passes see 0 where log p is -inf.
+    # A row without any column would give NaN, which anomaly detection takes for an error. As in
+    # multitask_loss, both passes see 0 where log p is -inf.
     columns = (columns | (sizes == 0).unsqueeze(1)).unsqueeze(1)
     log_p = torch.log_softmax(z.masked_fill(~columns, -math.inf), 2).masked_fill(~columns, 0.0)
     entropy = (log_p.exp() * -log_p).sum(2)
@@ -200,10 +201,12 @@ def _positions(
 ) -> tuple[Tensor, Tensor | int, Tensor]:
     """As :func:`_tokens`, from scores of positions."""
     choice = counted.unsqueeze(2) & columns.unsqueeze(1)  # [B, S, C_max]
-    log_p = _log_softmax_of(choice, z, choice.any(1, keepdim=True))
+    # 0, and without gradient, where nothing can be chosen
+    scores = z.masked_fill(~choice, -math.inf).masked_fill(~choice.any(1, keepdim=True), 0.0)
+    log_p = torch.log_softmax(scores, 1).masked_fill(~choice, 0.0)
     number = counted.sum(1)
     entropy = (log_p.exp() * -log_p).sum(1) / (number.clamp(min=2).to(z.dtype).log() + 1e-5).unsqueeze(1)
-    entropy = torch.where(columns & (number > 1).unsqueeze(1), entropy, 0.0).sum(1) / sizes.clamp(min=1)
+    entropy = entropy.sum(1) / sizes.clamp(min=1)  # 0 beyond the own outputs, and of a single position
     if labels is None:
         return z.new_zeros(z.shape[0]), 0, entropy
     bits = labels.unsqueeze(2) >> torch.arange(z.shape[2], device=z.device) & 1
@@ -212,12 +215,6 @@ def _positions(
     of_right = log_p.masked_fill(~right, -math.inf).masked_fill(~has.unsqueeze(1), 0.0)
     loss = torch.where(has, -of_right.logsumexp(1), 0.0).sum(1)
     return loss, has.sum(1), entropy
-
-
-def _log_softmax_of(choice: Tensor, z: Tensor, any_choice: Tensor) -> Tensor:
-    """Log-probabilities over the chosen entries of dimension 1; 0, and without gradient, at all others."""
-    scores = z.masked_fill(~choice, -math.inf).masked_fill(~any_choice, 0.0)
-    return torch.log_softmax(scores, 1).masked_fill(~choice, 0.0)
 
 
 def places_of_rows(cu_seqlens: Tensor, rows: int, S: int) -> Tensor:

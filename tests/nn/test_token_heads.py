@@ -174,6 +174,16 @@ def test_absent_tasks_and_missing_labels_give_zero_gradients():
     assert not heads.weight.grad.any()
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_no_nan_on_the_way_back():
+    """Not even one that a mask would hide later."""
+    heads, batch = make_heads(), make_batch()
+    with torch.autograd.detect_anomaly():
+        out = heads(**batch)
+        (out.loss_per_task.sum() + out.entropy.sum()).backward()
+    assert heads.weight.grad.isfinite().all()
+
+
 def test_entropy_and_logits_have_gradients_without_nan():
     heads, batch = make_heads(), make_batch()
     out = heads(**batch)
@@ -216,6 +226,9 @@ def test_few_tasks_and_other_numbers():
         )
         assert out.labelled.tolist() == [sum(LENGTHS) if reads == "tokens" else 16]
         if reads == "positions":
+            wide = TokenHeads(D, [7], [reads]).double()  # -100 has the bits 2, 3 and 4
+            unlabelled = torch.full((8, S), -100)
+            assert wide(x, torch.zeros(8, dtype=torch.int64), mask, unlabelled).labelled.tolist() == [0]
             assert out.loss_per_task.item() == pytest.approx(0, abs=1e-12)  # every position is right
 
 

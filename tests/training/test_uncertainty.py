@@ -310,7 +310,14 @@ def test_selection_of_a_mixture(kinds_model, packed, chunk):
         scores.append(kinds_model(**MultiTaskCollator(0)([feature])).entropy.item())
     rows = sorted(range(12), key=lambda i: -scores[i])[:5]
     assert len({features[i]["task_id"] for i in rows}) > 2
+    given: list[set[str]] = []
+    hook = kinds_model.register_forward_pre_hook(
+        lambda _, __, inputs: given.append(set(inputs)), with_kwargs=True
+    )
     torch.testing.assert_close(selector.entropy(kinds_model, batch), torch.tensor(scores))
+    hook.remove()
+    assert len(given) == (1 if chunk is None else 3)
+    assert all("token_marks" in names and not names & {"labels", "token_labels"} for names in given)
     chosen = selector.select(kinds_model, batch)
     assert chosen["task_ids"].tolist() == [features[i]["task_id"] for i in rows]
     want = kinds_model(**MultiTaskCollator(0)([features[i] for i in rows]))
