@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gzip
+import json
 import string
 
 import numpy as np
@@ -87,6 +89,19 @@ def prepared():
 def gold():
     """The outputs of a model that is always right and sure, on encoded rows."""
     return gold_outputs
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """Write rows as gzipped JSON Lines to a file under tmp_path."""
+
+    def write(name, rows):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+        return path
+
+    return write
 
 
 def where(i: int) -> str:
