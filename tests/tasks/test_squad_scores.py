@@ -32,6 +32,8 @@ def test_f1_counts_words_as_often_as_both_have_them():
     assert f1("the big red cat", ["a red cat sat"]) == pytest.approx(2 / 3)
     # red red / red: precision 1/2, recall 1
     assert f1("red red", ["red"]) == pytest.approx(2 / 3)
+    # red red cat / red red: precision 2/3, recall 1
+    assert f1("red red cat", ["red red"]) == pytest.approx(4 / 5)
     # the better reference: cat / cat sat, precision 1, recall 1/2; against dog 0
     assert f1("cat", ["dog", "cat sat"]) == pytest.approx(2 / 3)
     assert f1("dog", ["cat"]) == 0.0

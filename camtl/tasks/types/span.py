@@ -260,8 +260,7 @@ def _targets(own: Sequence[Pair], label: dict[str, list[Any]] | None, tokenizer:
     for text, start in zip(label["text"], label["answer_start"], strict=True):
         if start < 0:
             continue
-        begin, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
-        tokens = [covering(begin, end, window.offsets, window.texts, 1) for window in own]
+        tokens = [covering(start, start + len(text), window.offsets, window.texts, 1) for window in own]
         # Where the answer begins and ends in tokens of the whole context, of which a window may hold a part.
         first = min(
             (w.offsets[part[0]][0] for w, part in zip(own, tokens, strict=True) if part), default=None

@@ -106,6 +106,17 @@ def test_answers_that_differ_in_case_or_articles(tokenizer, tokens, prepared):
     assert tokens(out["input_ids"][0], out["token_labels"][0]) == ["r", "r"]
 
 
+def test_of_candidates_that_differ_in_case_only_the_same_text_is_right(tokenizer, prepared):
+    own = task()
+    rows = prepared(own, [row(("Rex",), ("Rex", "REX"), "Rex sat and REX sat")])
+    out = own.task_type.encode(own, rows, tokenizer, 64)
+    begins, bits = out["token_begin"][0], out["token_labels"][0]
+    assert [(number, bit) for number, bit in zip(begins, bits, strict=True) if number >= 0] == [
+        (0, 1),
+        (1, 0),
+    ]
+
+
 def test_two_names_that_begin_at_one_token(tokenizer, tokens, prepared):
     own = task()
     # "Ann" stands nowhere but in "Ann Bell", whose first token is "an"

@@ -157,6 +157,9 @@ def test_the_longer_of_two_texts_gives_first(tokenizer, tokens, prepared):
     whole = {**wic(long, long), "start1": 0, "end1": len("the red dog sat on a")}
     out = WIC.task_type.encode(WIC, prepared(WIC, [whole]), tokenizer, 11)
     assert " ".join(tokens(out["input_ids"][0])) == "[CLS] the red dog sat on a [SEP] the mat [SEP]"
+    whole = {**wic("the big mat", long), "start2": 0, "end2": len("the red dog sat on a big")}
+    out = WIC.task_type.encode(WIC, prepared(WIC, [whole]), tokenizer, 11)
+    assert " ".join(tokens(out["input_ids"][0])) == "[CLS] mat [SEP] the red dog sat on a big [SEP]"
 
 
 def test_decoding_and_metrics():

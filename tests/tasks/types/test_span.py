@@ -238,6 +238,18 @@ def test_decoding_joins_windows(tokenizer, prepared):
     assert own.task_type.compute_metrics(outputs, own) == pytest.approx({"exact_match": 0.0, "f1": 2 / 3})
 
 
+def test_a_span_in_two_windows_counts_once_with_its_better_score(tokenizer, prepared):
+    own = task(n_best=2)
+    for starts in ([{8: 3.0}, {8: 1.0}], [{8: 1.0}, {8: 3.0}]):
+        (answer,) = own.task_type.decode(
+            outputs_of(own, tokenizer, prepared, starts, [{8: 1.0}, {8: 1.0, 12: 0.0}]), own
+        )
+        assert answer["answer"] == "dog"
+        # dog: 3 + 1; the best other span: 3 or 1 (of that window) + 0 to the end, in the second window
+        other = 1.0 if starts[0][8] == 3.0 else 3.0
+        assert answer["score"] == pytest.approx(1 / (1 + np.exp(other - 4.0)))
+
+
 def test_an_end_before_its_start_and_a_long_answer_are_no_answers(tokenizer, prepared):
     # The best start and the best end would be 9 and 1.
     outputs = outputs_of(task(), tokenizer, prepared, [{9: 5.0, 1: 1.0}], [{1: 6.0, 9: 4.0}], 64)
