@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,9 +25,9 @@ class Span(TaskType):
     """``text_columns`` are question and context; the label column holds the answers as SQuAD writes them,
     ``{"text": [...], "answer_start": [...]}`` with offsets in characters.
 
-    Also read are a list of ``{"text", "answer_start"}``, and texts alone, which are looked up in the context.
-    An offset of -1 means that the text is not in the context: it counts in scoring only. With
-    ``no_answer`` an empty list says that the context has no answer.
+    Also read are a list of ``{"text", "answer_start"}``, and texts alone, which are looked up in the context,
+    if need be in other letters' case. An offset of -1 means that the text is not in the context: it counts in
+    scoring only. With ``no_answer`` an empty list says that the context has no answer.
 
     A long context gives several windows, which share ``stride`` tokens. In each one start and one end are
     chosen; where the answer is not inside the window, both are the first token ([CLS]). Of several answers
@@ -93,7 +94,7 @@ class Span(TaskType):
         for i, label in enumerate(out.get(task.label_column, ())):
             if label is not None:
                 try:
-                    label["answer_start"] = _located(label, out[name][i], name)
+                    _locate(label, out[name][i], name)
                 except ValueError as error:
                     raise UsageError(f"{where(i)}: task {task.name!r}: {error}") from None
         return out
@@ -235,21 +236,25 @@ def _empty(value: Any) -> bool:
         return False  # prepare_label says what is wrong with it
 
 
-def _located(label: dict[str, list[Any]], context: str, column: str) -> list[int]:
-    """The offsets, those of -1 looked up; ``ValueError`` if a text is not where its offset says, or if no
+def _locate(label: dict[str, list[Any]], context: str, column: str) -> None:
+    """Look up the texts whose offset is -1; ``ValueError`` if a text is not where its offset says, or if no
     text is in the context.
     """
-    starts = []
-    for text, start in zip(label["text"], label["answer_start"], strict=True):
-        found = context.find(text)
-        if start >= 0 and context[start : start + len(text)] != text:
+    for i, (text, start) in enumerate(zip(label["text"], label["answer_start"], strict=True)):
+        if start < 0:
+            found = context.find(text)
+            if found < 0:
+                other = re.search(r"\s+".join(map(re.escape, text.split())), context, re.IGNORECASE)
+                if other:
+                    found, label["text"][i] = other.start(), other.group()
+            label["answer_start"][i] = found
+        elif context[start : start + len(text)] != text:
             there = context[start : start + len(text)]
+            found = context.find(text)
             hint = f"; it is at {found}" if found >= 0 else f"; it is nowhere in {column}"
             raise ValueError(f"answer {text!r} is not at character {start} of {column} ({there!r}){hint}")
-        starts.append(start if start >= 0 else found)
-    if starts and max(starts) < 0:
+    if label["answer_start"] and max(label["answer_start"]) < 0:
         raise ValueError(f"no answer is in {column}: {', '.join(map(repr, label['text'][:3]))}")
-    return starts
 
 
 def _targets(own: Sequence[Pair], label: dict[str, list[Any]] | None, tokenizer: Any) -> list[list[int]]:

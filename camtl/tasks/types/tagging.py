@@ -136,8 +136,8 @@ class Tagging(TaskType):
 
     def decode(self, outputs: Outputs, task: Task) -> list[dict[str, Any]]:
         """``{"tags": [a name a word], "scores": [its probability]}`` per row, and for tags in IOB2 form
-        ``"entities": [{"type", "text", "begin", "end"}]`` (numbers of words, end exclusive). An entity that
-        does not begin with B- is mended (:func:`repaired`).
+        ``"entities": [{"type", "text", "begin", "end"}]`` (numbers of words, end exclusive) and
+        ``"repaired"``: how many tags were changed so that every entity begins with B- (:func:`repaired`).
         """
         names = task.labels or ()
         rows = outputs.need_rows(task)[task.text_columns[0]]
@@ -146,7 +146,7 @@ class Tagging(TaskType):
             tags = [names[i] for i in ids]
             answer: dict[str, Any] = {"tags": tags, "scores": scores}
             if _iob2(task):
-                answer["tags"], _ = repaired(tags)
+                answer["tags"], answer["repaired"] = repaired(tags)
                 answer["entities"] = [
                     {"type": kind, "text": " ".join(words[begin:end]), "begin": begin, "end": end}
                     for kind, begin, end in entities(answer["tags"])

@@ -160,6 +160,8 @@ def test_other_forms_of_answers(prepared):
     assert rows["answers"] == [expected] * len(forms)
     aliases = prepared(own, [{**row(), "answers": ["hound", "dog"]}])["answers"]
     assert aliases == [{"text": ["hound", "dog"], "answer_start": [-1, at]}]
+    other_case = prepared(own, [{**row(), "answers": ["THE  Dog"]}])["answers"]
+    assert other_case == [{"text": ["the dog"], "answer_start": [at - 4]}]
 
 
 def test_unlabelled_rows(tokenizer, prepared):

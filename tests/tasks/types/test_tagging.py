@@ -118,6 +118,7 @@ def test_decoding(prepared):
     first, second = NER.task_type.decode(outputs(rows, [["I-per", "I-per", "O"], ["O", "B-loc"]]), NER)
     assert first["tags"] == ["B-per", "I-per", "O"]
     assert first["entities"] == [{"type": "per", "text": "Ann Bell", "begin": 0, "end": 2}]
+    assert (first["repaired"], second["repaired"]) == (1, 0)
     assert first["scores"] == pytest.approx([np.exp(5) / (np.exp(5) + 4)] * 3)
     assert second["entities"] == [{"type": "loc", "text": "mat", "begin": 1, "end": 2}]
     rows = prepared(POS, [row("the cat", ["DET", "NOUN"])])
