@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from camtl.errors import UsageError
-from camtl.tasks import HeadSpec, Task, TaskType, get_task, get_task_type, register_task_type
+from camtl.tasks import HeadSpec, Task, TaskType, get_task, get_task_type, register_task_type, types
 from camtl.tasks.types import TASK_TYPES, Classification, Outputs
 
 
@@ -164,3 +164,52 @@ def test_a_type_from_outside(monkeypatch):
     assert isinstance(task.task_type, TaskType)
     with pytest.raises(UsageError, match="exists"):
         register_task_type(Sign())
+
+
+class Entry:
+    """An entry point of an installed package."""
+
+    def __init__(self, value, loaded):
+        self.value = value
+        self._loaded = loaded
+
+    def load(self):
+        if isinstance(self._loaded, Exception):
+            raise self._loaded
+        return self._loaded
+
+
+def test_types_of_installed_packages(monkeypatch, caplog):
+    class Other(Sign):
+        name = "other"
+
+    class Classes(Sign):
+        name = "classification"
+
+    asked = []
+    entries = [
+        Entry("package:Sign", Sign),
+        Entry("package:other", Other()),
+        Entry("package:Classes", Classes),
+        Entry("package:gone", ImportError("gone")),
+        Entry("package:number", 3),
+    ]
+
+    def entry_points(*, group):
+        asked.append(group)
+        return entries
+
+    monkeypatch.setattr(types.metadata, "entry_points", entry_points)
+    types._from_packages.cache_clear()
+    try:
+        task = Task(name="s", type="sign", text_columns=["text"], labels=["minus", "plus"])
+        assert prepare(task, ["4.5", -3]) == [1, 0]
+        assert isinstance(get_task_type("other"), Other)
+        assert type(get_task_type("classification")) is Classification
+        with pytest.raises(UsageError, match=r"Known types: .*sign, other"):
+            get_task_type("nothing")
+    finally:
+        types._from_packages.cache_clear()
+    assert set(asked) == {"camtl.task_types"}
+    assert "'package:gone' is left out: gone" in caplog.text
+    assert "'package:number' is left out: expected a TaskType, got 3" in caplog.text

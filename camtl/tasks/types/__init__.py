@@ -23,6 +23,10 @@ from camtl.tasks.types.regression import Regression
 from camtl.tasks.types.span import Span
 from camtl.tasks.types.tagging import Tagging
 
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "camtl.task_types"
+
 TASK_TYPES: dict[str, TaskType] = {
     "classification": Classification(),
     "regression": Regression(),
@@ -35,25 +39,23 @@ TASK_TYPES: dict[str, TaskType] = {
     "grouped": Grouped(),
 }
 
-#: Entry points of installed packages: each a :class:`TaskType`, as class or object.
-ENTRY_POINT_GROUP = "camtl.task_types"
-logger = logging.getLogger(__name__)
-
 
 @cache
-def _load_from_packages() -> None:
-    """Enter the types of installed packages, once."""
+def _from_packages() -> dict[str, TaskType]:
+    """Types of entry points, each a subclass of TaskType or an instance of one."""
+    types: dict[str, TaskType] = {}
     for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
-            found = entry.load()
-            task_type = found() if isinstance(found, type) else found
+            loaded = entry.load()
+            task_type = loaded() if isinstance(loaded, type) else loaded
             if not isinstance(task_type, TaskType):
-                raise TypeError(f"expected a TaskType, got {found!r}")
-            register_task_type(task_type)
-        except Exception as error:  # a broken plug-in must not take the others with it
+                raise TypeError(f"expected a TaskType, got {task_type!r}")
+            types.setdefault(task_type.name, task_type)
+        except Exception as error:  # a broken plug-in must not take the other types with it
             logger.warning(
                 "the task type of the installed package entry %r is left out: %s", entry.value, error
             )
+    return types
 
 
 def register_task_type(task_type: TaskType) -> None:
@@ -65,18 +67,19 @@ def register_task_type(task_type: TaskType) -> None:
 
 def is_task_type(name: str) -> bool:
     """Whether there is a type of this name."""
-    if name not in TASK_TYPES:
-        _load_from_packages()
-    return name in TASK_TYPES
+    return name in TASK_TYPES or name in _from_packages()
 
 
 def get_task_type(name: str) -> TaskType:
     """The task type called ``name``; unknown names raise :class:`UsageError` with the known ones."""
-    if not is_task_type(name):
-        close = get_close_matches(name, TASK_TYPES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UsageError(f"unknown task type {name!r}{hint} Known types: {', '.join(TASK_TYPES)}")
-    return TASK_TYPES[name]
+    if name in TASK_TYPES:
+        return TASK_TYPES[name]
+    known = {**_from_packages(), **TASK_TYPES}
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise UsageError(f"unknown task type {name!r}{hint} Known types: {', '.join(known)}")
+    return known[name]
 
 
 __all__ = [
