@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from camtl.errors import UsageError
@@ -148,3 +151,28 @@ def test_entry_points(monkeypatch, caplog, tmp_path):
     assert get_task("cola").type == "classification"
     assert set(asked) == {"camtl.tasks"}
     assert "broken:entry" in caplog.text
+
+
+def test_the_documentation_names_every_built_in_task_with_its_type_and_source():
+    page = Path(__file__).parents[2] / "docs" / "tasks.md"
+    table = page.read_text(encoding="utf-8").split("## Built-in tasks")[1]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line[:1] == "|"
+    ]
+    found = {name: row for row in rows[2:] for name in row[0].split()}
+    assert set(found) == set(list_tasks()) - set(GROUPS["demo"])
+    for name, (_, kind, hub, _) in found.items():
+        task = get_task(name)
+        assert kind == task.type
+        source = task.source.hub if task.source else ""
+        assert hub.split(",")[0].strip("`").replace("<task>", name) == source
+
+
+def test_the_rows_shown_in_the_documentation_are_read():
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in page.split("```json")[1].split("```")[0].strip().splitlines()]
+    tasks = ["wnut17", "copa", "squad", "record", "wic", "wsc", "multirc"]
+    for name, row in zip(tasks, rows, strict=True):
+        task = get_task(name)
+        prepared = task.task_type.prepare(task, {key: [value] for key, value in row.items()}, str)
+        assert list(prepared[task.label_column]) != [None]
