@@ -107,6 +107,48 @@ def test_template_rows(name, tokenizer, tmp_path, gold, jsonl):
         assert outputs.sequences["row"] == list(range(18))  # the last length was enough for whole rows
 
 
+def trained(kind: str, texts):
+    """A tokenizer as RoBERTa's ("bytes") or XLM-RoBERTa's ("pieces"): blanks are parts of tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    if kind == "bytes":
+        rules = Tokenizer(models.BPE())
+        rules.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=letters)
+    else:
+        rules = Tokenizer(models.Unigram())
+        rules.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
+    rules.train_from_iterator(texts, trainer)
+    if kind == "bytes":
+        rules.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    else:
+        rules.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>",
+            pair="<s> $A </s> </s> $B </s>",
+            special_tokens=[("<s>", 0), ("</s>", 2)],
+        )
+    names = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=rules, mask_token="<mask>", **names)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_tokenizers_of_other_families(kind, gold):
+    texts = [template(get_task("squad"), i)["context"] for i in range(9)]
+    tokenizer = trained(kind, [*texts, "what is it, number 7", "who slept"])
+    for name in ONE_OF_EACH:
+        task = whole(get_task(name))
+        rows = [template(task, i) for i in range(9)]
+        columns = {column: [row[column] for row in rows] for column in rows[0]}
+        prepared = task.task_type.prepare(task, columns, str)
+        for max_length in (64, 400):
+            encoded = task.task_type.encode(task, prepared, tokenizer, max_length)
+            check(task, gold(task, prepared, encoded))
+
+
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_template_rows_without_labels(name, tokenizer, tmp_path, jsonl):
     task = get_task(name)
