@@ -39,7 +39,7 @@ def test_unknown_tasks(run) -> None:
     for action in ("show", "check"):
         outcome = run("tasks", action, "colla")
         assert outcome.code == 2
-        assert "did you mean cola?" in outcome.error_line
+        assert "did you mean cola" in outcome.error_line
 
 
 def test_check_of_good_files(run, data_dir: Path) -> None:
