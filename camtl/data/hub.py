@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import urllib.error
 import urllib.request
@@ -14,6 +15,8 @@ from camtl.tasks import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 #: Seconds to wait for any answer of the hub. The libraries themselves retry for more than twenty.
 REACH_TIMEOUT = 4.0
@@ -77,8 +80,23 @@ def load_from_hub(
     for split in splits:
         theirs = source.splits.get(split, split)
         if theirs in everything:
-            found[split] = everything[theirs]
+            rows = everything[theirs]
+            found[split] = rows if split.startswith("test") else _labelled(task, rows, split)
     return found
+
+
+def _labelled(task: Task, rows: Dataset, split: str) -> Dataset:
+    """Without the rows that have no label: SNLI marks those on which its annotators did not agree by -1."""
+    if task.label_column not in rows.column_names:
+        return rows
+    kept = [i for i, label in enumerate(rows[task.label_column][:]) if label is not None and label != -1]
+    if len(kept) == len(rows) or not kept:
+        return rows  # none: loading says that the labels are missing
+    logger.warning(
+        "task %r: %s of %s %s rows have no label and are left out", task.name,
+        f"{len(rows) - len(kept):,}", f"{len(rows):,}", split,
+    )  # fmt: skip
+    return rows.select(kept)
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def _tokenised(
     with bar:
         for start in range(0, rows, _BATCH):
             part = {name: values[start : start + _BATCH] for name, values in columns.items()}
-            batch = task.task_type.encode(task, part, tokenizer, max_seq_length)
+            batch = _encoded(task, part, tokenizer, max_seq_length, start)
             batch["length"] = [len(ids) for ids in batch["input_ids"]]
             if "row" in batch:
                 batch["row"] = [start + row for row in batch["row"]]
@@ -118,6 +118,22 @@ def _tokenised(
                 batch.pop("token_labels", None)
             yield batch
             bar.update(len(part[task.text_columns[0]]))
+
+
+def _encoded(
+    task: Task, part: dict[str, Sequence[Any]], tokenizer: Any, max_seq_length: int, start: int
+) -> dict[str, list[Any]]:
+    """Rows from number ``start`` on as sequences; :class:`UsageError` names the row that cannot be one."""
+    try:
+        return task.task_type.encode(task, part, tokenizer, max_seq_length)
+    except UsageError:
+        for i in range(len(part[task.text_columns[0]])):
+            try:
+                row = {name: values[i : i + 1] for name, values in part.items()}
+                task.task_type.encode(task, row, tokenizer, max_seq_length)
+            except UsageError as error:
+                raise UsageError(f"row {start + i + 1}: {error}") from None
+        raise
 
 
 def _labelled(task: Task, columns: Mapping[str, Sequence[Any]]) -> bool:

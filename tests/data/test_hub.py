@@ -118,3 +118,18 @@ def test_hub_answers(monkeypatch):
         begun = time.monotonic()
         assert not hub.hub_answers(timeout=0.3)
         assert time.monotonic() - begun < 3
+
+
+def test_rows_without_a_label_are_left_out_and_counted(monkeypatch, caplog):
+    task = get_task("snli")
+    rows = {"premise": ["p"] * 5, "hypothesis": ["h"] * 5, "label": [0, -1, 2, 1, -1]}
+
+    def load_dataset(name, config, **more):
+        return {split: datasets.Dataset.from_dict(rows) for split in ("train", "validation", "test")}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    data = load_task(task, splits=["train", "validation", "test"])
+    assert data["train"]["label"][:] == data["validation"]["label"][:] == [0, 2, 1]
+    assert data["test"]["label"][:] == [0, -1, 2, 1, -1]
+    assert "'snli': 2 of 5 train rows have no label and are left out" in caplog.text

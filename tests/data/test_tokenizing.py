@@ -161,3 +161,73 @@ def test_no_progress_bar_where_no_terminal_is(rows, tokenizer, tmp_path, capsys,
     tokenize(SINGLE, rows, tokenizer, 16, tmp_path)
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+TAGS = Task(name="tags", type="tagging", text_columns=["words"], label_column="tags", labels=["N", "V"])
+TOPICS = Task(name="topics", type="multi_label", text_columns=["text"], labels=["a", "b", "c"])
+SPAN = Task(
+    name="span",
+    type="span",
+    text_columns=["question", "context"],
+    label_column="answers",
+    options={"stride": 2},
+)
+CHOICE = Task(name="pick", type="choice", text_columns=["asked"], options={"choices": ["one", "two"]})
+
+
+def test_marks_and_labels_of_tokens(tokenizer, tmp_path):
+    rows = Dataset.from_dict({"words": [["the", "dogs"], ["cat"]], "tags": [["N", "V"], ["V"]]})
+    out = tokenize(TAGS, rows, tokenizer, 8, tmp_path)
+    assert out["token_marks"][:] == [[0, 1, 1, 0, 0], [0, 1, 0]]
+    assert out["token_labels"][:] == [[-100, 0, 1, -100, -100], [-100, 1, -100]]
+    assert out["token_begin"][:] == [[-1, 0, 1, -1, -1], [-1, 0, -1]]
+    assert "labels" not in out.column_names
+
+
+def test_several_labels_of_a_row(tokenizer, tmp_path):
+    rows = Dataset.from_dict({"text": ["the cat", "a dog"], "label": [["a", "c"], []]})
+    out = tokenize(TOPICS, rows, tokenizer, 8, tmp_path)
+    assert out["labels"][:] == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+
+
+def test_windows_name_their_row_over_all_batches(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizing, "_BATCH", 2)
+    context = "the cat sat on a red mat and the dog slept on the mat"
+    answers = {"text": ["dog"], "answer_start": [context.index("dog")]}
+    rows = Dataset.from_dict(
+        {"question": ["the cat"] * 3, "context": [context] * 3, "answers": [answers] * 3}
+    )
+    out = tokenize(SPAN, rows, tokenizer, 14, tmp_path)
+    assert len(out) > 3
+    assert sorted(set(out["row"][:])) == [0, 1, 2]
+    for row, labels, begins in zip(out["row"], out["token_labels"], out["token_begin"], strict=True):
+        for label, begin in zip(labels, begins, strict=True):
+            assert label in (0, 3)
+            assert begin == -1 or label == 0 or begin == context.index("dog"), row
+    again = tokenize(SPAN, rows, tokenizer, 14, tmp_path)  # from the cache, which holds more rows than given
+    assert again["row"][:] == out["row"][:]
+
+
+def test_options_are_part_of_the_cache_key(tokenizer, tmp_path):
+    context = "the cat sat on a red mat and the dog slept on the mat"
+    rows = Dataset.from_dict(
+        {"question": ["cat"], "context": [context], "answers": [{"text": ["cat"], "answer_start": [4]}]}
+    )
+    few = tokenize(SPAN, rows, tokenizer, 14, tmp_path)
+    many = tokenize(SPAN.model_copy(update={"options": {"stride": 5}}), rows, tokenizer, 14, tmp_path)
+    assert few["token_begin"][:] != many["token_begin"][:]
+
+
+def test_a_row_that_does_not_fit_is_named(tokenizer, tmp_path):
+    rows = Dataset.from_dict(
+        {"asked": ["the"] * 3, "one": ["cat", "cat", "cat " * 20], "two": ["dog"] * 3, "label": [0, 1, 0]}
+    )
+    with pytest.raises(UsageError, match=r"row 3: task 'pick': choice 1.*max_seq_length 12"):
+        tokenize(CHOICE, rows, tokenizer, 12, tmp_path)
+
+
+def test_rows_without_labels_have_none(tokenizer, tmp_path):
+    rows = Dataset.from_dict({"words": [["the", "cat"]]})
+    out = tokenize(TAGS, rows, tokenizer, 8, tmp_path, allow_unlabelled=True)
+    assert "token_labels" not in out.column_names
+    assert out["token_marks"][:] == [[0, 1, 1, 0]]
