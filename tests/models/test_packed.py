@@ -199,7 +199,7 @@ def test_from_pretrained_keeps_the_switch(make_model, tmp_path):
 def test_wrong_offsets_are_refused_before_anything_is_looked_up(make_model, cu_seqlens, words):
     batch = {"input_ids": torch.arange(1, 15), "cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32)}
     batch["task_ids"] = torch.zeros(len(cu_seqlens) - 1).long()
-    with pytest.raises(ValueError, match="CaMtlModel: cu_seqlens|packed input_ids") as error:
+    with pytest.raises(ValueError, match=r"CaMtlModel: cu_seqlens|packed input_ids") as error:
         make_model()(**batch, max_seqlen=9)
     assert all(word in str(error.value) for word in words)
 
