@@ -61,7 +61,26 @@ def tables(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     return tuple(value.float().contiguous() for value in values)
 
 
+def table(value: Tensor | None) -> Tensor | None:
+    """A parameter or table of any dtype as CUDA kernels read it: unit last stride, any stride between tasks."""
+    if value is None:
+        return None
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        value = value.contiguous()
+    return aligned(value)
+
+
+def task_stride(value: Tensor | None) -> int:
+    """Elements from task to task of a table ``[T, D]``; 0 for None."""
+    return 0 if value is None else value.stride(0)
+
+
 def launch(x: Tensor, table: Tensor, task_ids: Tensor | None) -> tuple[int, int, int, bool]:
     """Where and how a CUDA kernel runs: device, stream, the tables' dtype, whether task ids are int32."""
     narrow = task_ids is not None and task_ids.dtype == torch.int32
-    return (x.get_device(), torch._C._cuda_getCurrentRawStream(x.get_device()), code(table), narrow)
+    return (x.get_device(), stream(x), code(table), narrow)
+
+
+def stream(x: Tensor) -> int:
+    """The current stream of x's GPU."""
+    return torch._C._cuda_getCurrentRawStream(x.get_device())

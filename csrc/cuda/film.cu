@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         if (row + r < sequences.rows) {
-            values[r] = load<V>(x + (row + r) * x_stride + column);
+            values[r] = load_once<V>(x + (row + r) * x_stride + column);
         }
     }
     Walk walk(sequences, row);
@@ -169,9 +169,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             if (row + r < end) {
-                gradient[r] = load<V>(dy + (row + r) * dy_stride + column);
+                gradient[r] = load_once<V>(dy + (row + r) * dy_stride + column);
                 if (x != nullptr) {
-                    input[r] = load<V>(x + (row + r) * x_stride + column);
+                    input[r] = load_once<V>(x + (row + r) * x_stride + column);
                 }
             }
         }
@@ -253,12 +253,6 @@ __global__ void __launch_bounds__(kColumns* kLanes)
         }
         out[task * features + column] = narrow<P>(static_cast<float>(sum));
     }
-}
-
-// Whether packs of V elements of S never straddle: their address, and every row's.
-template <class S>
-bool aligned(int V, const void* p, int64_t stride) {
-    return p == nullptr || (reinterpret_cast<uintptr_t>(p) % (sizeof(S) * V) == 0 && stride % V == 0);
 }
 
 // f(S{}, P{}, integral constant V): storage type, table type, and columns of a thread.

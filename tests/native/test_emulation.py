@@ -1,0 +1,86 @@
+"""The emulation itself: warps, barriers and shared memory behave as CUDA's, and mistakes show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .emulation import module_of
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    return module_of(tmp_path_factory)
+
+
+@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
+def probes(module, request):
+    module.set_reversed(request.param)
+    yield module.probes
+    module.set_reversed(False)
+
+
+def test_exchanges_between_lanes(probes):
+    out = torch.full((64, 7), -1, dtype=torch.int32)
+    probes.shuffle(out.data_ptr(), 7, 64)
+    for thread, row in enumerate(out.tolist()):
+        lane, warp = thread % 32, thread // 32 * 32
+        assert row[0] == warp + (lane ^ 5)
+        assert row[1] == (thread + 3 if lane < 29 else thread)
+        assert row[2] == (thread - 2 if lane % 8 >= 2 else thread)
+        assert row[3] == warp + lane // 16 * 16 + 9
+        assert row[4] % 2**32 == sum(1 << i for i in range(0, 32, 3))
+        assert row[5] == warp + (lane ^ 1 if lane < 16 else lane ^ 9)
+        assert row[6] == (lane >= 16)
+
+
+@pytest.mark.parametrize("threads", [32, 96, 256])
+def test_barriers_of_a_block_and_of_some_warps(probes, threads):
+    out = torch.full((3,), torch.nan)
+    probes.chain(out.data_ptr(), 3, threads)
+    whole = threads * (threads - 1) / 2
+    assert out.tolist() == [whole + 1000 * block * threads for block in range(3)]
+
+
+def test_the_order_of_threads_shows(module):
+    found = []
+    for reverse in (False, True):
+        module.set_reversed(reverse)
+        out = torch.zeros(64)
+        module.probes.wrong(out.data_ptr(), 0)
+        found.append(out)
+    module.set_reversed(False)
+    assert not torch.equal(*found)
+
+
+def test_shared_memory_begins_as_nan(probes):
+    out = torch.zeros(64)
+    probes.wrong(out.data_ptr(), 1)
+    assert out[0].isnan()
+    assert (out[1:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (2, r"wrong \(cuda\): a barrier that not all threads reach"),
+        (3, r"wrong \(cuda\): .*alignof.* \(block 0, 0, thread"),
+        (4, r"wrong \(cuda\): a barrier that not all threads reach"),
+    ],
+)
+def test_mistakes_end_the_launch_and_nothing_else(probes, what, message):
+    out = torch.zeros(64)
+    with pytest.raises(RuntimeError, match=message):
+        probes.wrong(out.data_ptr(), what)
+    out.zero_()
+    probes.wrong(out.data_ptr(), 5)
+    assert out[:40].tolist() == [1.0] * 40
+    assert out[40:].tolist() == [0.0] * 24
+
+
+def test_more_shared_memory_must_be_asked_for(module):
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        module.probes.shared_memory(0, 48 * 1024 + 16)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        module.probes.shared_memory(228 * 1024, 128)
+    module.probes.shared_memory(64 * 1024, 48 * 1024 + 16)
