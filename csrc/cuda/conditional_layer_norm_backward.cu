@@ -5,13 +5,11 @@
 // many warps as give each thread 16 bytes (4 columns where such accesses do not fit), a block one to four such teams.
 // A thread reads its columns of the next row of dy, x and the residual before it works on this one; sums over a row are
 // shuffles and one barrier; the three sums over rows that parameters need, of dy * xhat, dy and dx, stay in registers
-// until the sequence ends. Then the block adds its teams' up and stores one float32 partial per kind into slot (block +
-// sequence): along the rows either rises from part to part, so each slot is written once. Where many short sequences
-// share a block, slots are (block, task), and the block adds to them. Rows too long for 256 threads' registers take a
-// slow way: the sums of further columns are kept in the slot. Stage 2 adds slots up by task, and all of them, in their
-// order and in double. No atomics: the same bits every time.
-// Bytes per element: dy, x, residual, dx and, with dropout, dresidual once; 8 per row; and per kind 12 / (rows per
-// part) for the slots. Flops: 18, and with dropout 12 integer operations.
+// until the sequence ends. Then the block adds its teams' up and stores one float32 partial per kind into a slot
+// (partials.cuh). Rows too long for 256 threads' registers take a
+// slow way: the sums of further columns are kept in the slot. Stage 2 adds slots up by task, and all of them. No
+// atomics: the same bits every time. Bytes per element: dy, x, residual, dx and, with dropout, dresidual once; 8 per
+// row; and per kind 12 / (rows per part) for the slots. Flops: 18, and with dropout 12 integer operations.
 #include "layer_norm_sums.cuh"
 
 namespace camtl::cuda {
@@ -60,13 +58,11 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Arguments<S
     const int stop = sequences.stop();
     int first = 0, last = 0;
     if (a.runs.by_sequence) {
-        if (blockIdx.x > 0) {
-            const int owner = sequences.owner(begin);
-            first = owner == kNoSequence ? sequences.batch - 1 : owner;
-        }
-        const int owner = blockIdx.x + 1 == gridDim.x ? kNoSequence : sequences.owner(end);
-        last = owner == kNoSequence ? sequences.batch - 1 : owner;
+        const Met met(sequences, begin, end, blockIdx.x == 0, blockIdx.x + 1 == gridDim.x);
+        first = met.first;
+        last = met.last;
     }
+    const bool per_task = a.runs.slots.per_run > 0;
     const int64_t width = a.kinds.count * D;
     // Sets (0) or adds to the columns of a kind beyond those in registers; one team only has such.
     const auto further = [&](float* slot, int kind, int p, const float (&values)[V], bool add) {
@@ -99,9 +95,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Arguments<S
             flush<V, kPacks>(slot + a.kinds.x * D, a.packs, add, of_x, shared);
         }
     };
-    if (a.partials != nullptr && a.runs.per_task) {
+    if (a.partials != nullptr && per_task) {
         for (int t = 0; t < sequences.tasks; ++t) {
-            float* slot = a.partials + (int64_t{blockIdx.x} * sequences.tasks + t) * width;
+            float* slot = a.partials + a.runs.slots.at(blockIdx.x, 0, t) * width;
             put_sums(slot, false);
             clear_further(slot);
         }
@@ -109,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Arguments<S
     float* open = nullptr;  // the slot of the sums in registers
     const auto close = [&]() {
         if (open != nullptr) {
-            put_sums(open, a.runs.per_task);
+            put_sums(open, per_task);
         } else {  // of a task that is none
             clear<V, kPacks>(of_scale);
             clear<V, kPacks>(of_shift);
@@ -125,17 +121,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Arguments<S
         const int task = sequences.task(s);
         float* slot = nullptr;  // where this part's sums go
         if (a.partials != nullptr) {
-            if (a.runs.per_task) {
-                if (task >= 0) {
-                    slot = a.partials + (int64_t{blockIdx.x} * sequences.tasks + task) * width;
-                }
-            } else {
-                const int64_t number = int64_t{blockIdx.x} + s;
-                if (a.runs.by_sequence && threadIdx.x == 0 && threadIdx.y == 0) {
-                    a.slot_tasks[number] = low < high && task >= 0 ? task : -1;
-                }
-                if (task >= 0) {
-                    slot = a.partials + number * width;
+            if (task >= 0) {
+                slot = a.partials + a.runs.slots.at(blockIdx.x, s, task) * width;
+            }
+            if (!per_task) {
+                if (a.slot_tasks != nullptr && threadIdx.x == 0 && threadIdx.y == 0) {
+                    a.slot_tasks[int64_t{blockIdx.x} + s] = slot_task(sequences, s, begin, end);
                 }
                 if (low < high || !a.runs.by_sequence) {
                     clear_further(slot);
@@ -306,7 +297,7 @@ int64_t conditional_layer_norm_backward_workspace(const ConditionalLayerNormBack
         return 0;
     }
     const Runs r = runs(b.layout, b.features, device);
-    return partial_bytes(r, kinds, b.features) + r.slots * int64_t{sizeof(int)};
+    return slots_workspace(r.slots, kinds.count * b.features);
 }
 
 void conditional_layer_norm_backward(const ConditionalLayerNormBackward& b, const NormTables& tables, void* workspace,
@@ -324,10 +315,7 @@ void conditional_layer_norm_backward(const ConditionalLayerNormBackward& b, cons
         const auto narrow = [&](unsigned bit) { return (tables.narrow & bit) != 0; };
         const Parameter weight{b.weight, 0, narrow(kWeight)}, gamma{b.gamma, tables.gamma_stride, narrow(kGamma)};
         float* partials = kinds.count > 0 ? static_cast<float*>(workspace) : nullptr;
-        int* slot_tasks =
-            partials == nullptr || !r.by_sequence || r.per_task
-                ? nullptr
-                : reinterpret_cast<int*>(static_cast<char*>(workspace) + partial_bytes(r, kinds, b.features));
+        int* tasks = r.by_sequence ? slot_tasks(r.slots, kinds.count * b.features, partials) : nullptr;
         Arguments<S> a{rows,
                        r,
                        kinds,
@@ -345,7 +333,7 @@ void conditional_layer_norm_backward(const ConditionalLayerNormBackward& b, cons
                        static_cast<S*>(b.dx),
                        static_cast<S*>(b.dresidual),
                        partials,
-                       slot_tasks};
+                       tasks};
         constexpr int kWide = 16 / sizeof(S);
         const bool wide = D % kWide == 0 && aligned<S>(kWide, b.dy, b.dy_stride) &&
                           aligned<S>(kWide, b.x, b.x_stride) && aligned<S>(kWide, b.residual, b.residual_stride) &&
@@ -370,7 +358,7 @@ void conditional_layer_norm_backward(const ConditionalLayerNormBackward& b, cons
                                       weight,
                                       gamma,
                                       partials,
-                                      slot_tasks,
+                                      tasks,
                                       {b.dweight, narrow(kWeight)},
                                       {b.dbias, narrow(kBias)},
                                       {b.dgamma, narrow(kGamma)},
@@ -381,9 +369,9 @@ void conditional_layer_norm_backward(const ConditionalLayerNormBackward& b, cons
                 throw std::invalid_argument("conditional_layer_norm (cuda): too many tasks");
             }
             launch(kOp, parameters_kernel<S>,
-                   dim3(static_cast<unsigned>(divide_up(D, kColumns)), static_cast<unsigned>(f.tasks + 1),
+                   dim3(static_cast<unsigned>(divide_up(D, kSlotColumns)), static_cast<unsigned>(f.tasks + 1),
                         static_cast<unsigned>(kinds.count)),
-                   dim3(kColumns, kLanes), where, f);
+                   dim3(kSlotColumns, kSlotLanes), where, f);
         }
     });
 }

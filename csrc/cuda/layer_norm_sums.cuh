@@ -3,6 +3,7 @@
 #pragma once
 
 #include "layer_norm.cuh"
+#include "partials.cuh"
 
 namespace camtl::cuda {
 namespace {
@@ -12,7 +13,6 @@ constexpr int kColumnsOfThread = 8;
 constexpr int kThreads = 32 * kMaxWarps;
 constexpr int kWarpsOfMultiprocessor = 16;  // 128 registers each thread
 constexpr int kLeastRows = 16;  // of a block's run, or the slots' bytes would count
-constexpr int kColumns = 32, kLanes = 16;  // of a block of stage 2; lanes share a column
 
 // Who runs through which rows, and where partial sums go.
 struct Runs {
@@ -20,8 +20,7 @@ struct Runs {
     int each;  // rows of a block
     int blocks;
     bool by_sequence;  // there are tables (or no sequences); else all rows are one sequence
-    bool per_task;  // slot (block, task) instead of block + sequence
-    int slots;
+    Slots slots;
 };
 
 Runs runs(const Layout& l, int64_t features, int device) {
@@ -34,12 +33,7 @@ Runs runs(const Layout& l, int64_t features, int device) {
     r.each = as_int(each, kOp, "rows");
     r.blocks = static_cast<int>(divide_up(l.rows, each));
     r.by_sequence = l.task_ids != nullptr || l.batch == 0;
-    r.slots = r.blocks;
-    if (r.by_sequence) {
-        const int64_t sequences = l.batch > 0 && r.blocks > 0 ? r.blocks + l.batch - 1 : 0;
-        r.per_task = sequences > r.blocks * l.tasks;
-        r.slots = as_int(r.per_task ? r.blocks * l.tasks : sequences, kOp, "partial sums");
-    }
+    r.slots = r.by_sequence ? slots(r.blocks, l, kOp) : Slots{r.blocks, 0};
     return r;
 }
 
@@ -56,10 +50,6 @@ struct Kinds {
 private:
     int take(bool wanted) { return wanted ? count++ : -1; }
 };
-
-int64_t partial_bytes(const Runs& r, const Kinds& kinds, int64_t features) {
-    return divide_up(int64_t{r.slots} * kinds.count * features * int64_t{sizeof(float)}, 16) * 16;
-}
 
 // A thread's sums of one kind over rows, for its columns.
 template <int V, int kPacks>
@@ -126,11 +116,10 @@ struct FinalArguments {
     Output dweight, dbias, dgamma, dbeta, dbias_shift, dx_bias;
 };
 
-// Block (kColumns, kLanes): kColumns columns of the sums of kind blockIdx.z, of task blockIdx.y or (the last) of all.
+// Block (kSlotColumns, kSlotLanes): columns of the sums of kind blockIdx.z, of task blockIdx.y or (the last) of all.
 template <class S>
-__global__ void __launch_bounds__(kColumns* kLanes) parameters_kernel(const FinalArguments<S> a) {
-    __shared__ double parts[kLanes][kColumns];
-    const int task = blockIdx.y, kind = blockIdx.z, lane = threadIdx.y;
+__global__ void __launch_bounds__(kSlotColumns* kSlotLanes) parameters_kernel(const FinalArguments<S> a) {
+    const int task = blockIdx.y, kind = blockIdx.z;
     const bool whole = task == a.tasks;
     Output out{}, times_weight{};  // where the sum goes; where it goes times the weight
     if (kind == a.kinds.scale) {
@@ -144,35 +133,18 @@ __global__ void __launch_bounds__(kColumns* kLanes) parameters_kernel(const Fina
     if (out.data == nullptr && times_weight.data == nullptr) {
         return;  // the whole block
     }
-    const int64_t column = int64_t{blockIdx.x} * kColumns + threadIdx.x;
+    const int64_t column = int64_t{blockIdx.x} * kSlotColumns + threadIdx.x;
     const bool inside = column < a.features, scaled = whole && kind == a.kinds.scale && a.gamma.data != nullptr;
-    const float* from = a.partials + kind * a.features + column;
-    const int64_t width = a.kinds.count * a.features;
-    double sum = 0.0;
-    if (inside) {
-#pragma unroll 4
-        for (int slot = lane; slot < a.runs.slots; slot += kLanes) {
-            const int own = !a.runs.by_sequence ? 0
-                            : a.runs.per_task
-                                ? static_cast<int>(static_cast<unsigned>(slot) % static_cast<unsigned>(a.tasks))
-                                : a.slot_tasks[slot];
-            if (whole ? own >= 0 : own == task) {
-                double part = from[int64_t{slot} * width];
-                if (scaled) {
-                    float gamma[1];
-                    read<S, 1>(a.gamma, own * a.gamma.stride + column, gamma);
-                    part += part * gamma[0];
-                }
-                sum += part;
-            }
+    const auto factor = [&](int own) {
+        float gamma[1] = {0.0f};
+        if (scaled) {
+            read<S, 1>(a.gamma, own * a.gamma.stride + column, gamma);
         }
-    }
-    parts[lane][threadIdx.x] = sum;
-    __syncthreads();
-    if (lane == 0 && inside) {
-        for (int other = 1; other < kLanes; ++other) {
-            sum += parts[other][threadIdx.x];
-        }
+        return 1.0 + gamma[0];
+    };
+    const double sum = sum_slots(a.runs.slots, a.slot_tasks, whole ? kEvery : task, inside,
+                                 a.partials + kind * a.features + column, a.kinds.count * a.features, factor);
+    if (threadIdx.y == 0 && inside) {
         const int64_t at = whole ? column : task * a.features + column;
         if (out.data != nullptr) {
             write<S>(out.data, out.narrow, at, static_cast<float>(sum));
