@@ -53,14 +53,6 @@ def threads(elements: int) -> int:
 # For CUDA kernels, which take tables in x's dtype too, and int32 task ids: a conversion is one more launch.
 
 
-def tables(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """Tables as CUDA kernels beside x read them: contiguous, all of x's dtype or all float32."""
-    kinds = {value.dtype for value in values}
-    if len(kinds) == 1 and kinds <= {x.dtype, torch.float32}:
-        return tuple(aligned(value.contiguous()) for value in values)
-    return tuple(value.float().contiguous() for value in values)
-
-
 def table(value: Tensor | None) -> Tensor | None:
     """A parameter or table of any dtype as CUDA kernels read it: unit last stride, any stride between tasks."""
     if value is None:
@@ -73,6 +65,14 @@ def table(value: Tensor | None) -> Tensor | None:
 def task_stride(value: Tensor | None) -> int:
     """Elements from task to task of a table ``[T, D]``; 0 for None."""
     return 0 if value is None else value.stride(0)
+
+
+def tables(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """Tables as :func:`table` gives them, all of x's dtype or all float32."""
+    kinds = {value.dtype for value in values}
+    if len(kinds) > 1 or not kinds <= {x.dtype, torch.float32}:
+        values = tuple(value.float() for value in values)
+    return tuple(table(value) for value in values)  # type: ignore[misc]
 
 
 def launch(x: Tensor, table: Tensor, task_ids: Tensor | None) -> tuple[int, int, int, bool]:

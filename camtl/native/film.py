@@ -92,7 +92,9 @@ class Cuda:
                 t.address(flat),
                 t.stride(flat),
                 t.address(scale),
+                t.task_stride(scale),
                 t.address(shift),
+                t.task_stride(shift),
                 t.address(y),
                 t.launch(x, scale, tasks),
             )
@@ -117,11 +119,11 @@ class Cuda:
         starts = t.starts(cu_seqlens)
         rows = t.layout(x, tasks, starts, gamma.shape[0])
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
-        dgamma = torch.empty_like(scale) if needs[1] else None
-        dbeta = torch.empty_like(scale) if needs[2] else None
+        dgamma = torch.empty(scale.shape, dtype=scale.dtype, device=x.device) if needs[1] else None
+        dbeta = torch.empty(scale.shape, dtype=scale.dtype, device=x.device) if needs[2] else None
         workspace = None
         if needs[1] or needs[2]:
-            size = extension.cuda.film_backward_workspace(rows, x.shape[-1])
+            size = extension.cuda.film_backward_workspace(rows, x.shape[-1], x.get_device())
             workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         with t.on_device(x):
             extension.cuda.film_backward(
@@ -133,6 +135,7 @@ class Cuda:
                 t.address(flat),
                 t.stride(flat),
                 t.address(scale),
+                t.task_stride(scale),
                 t.address(dx),
                 t.address(dgamma),
                 t.address(dbeta),

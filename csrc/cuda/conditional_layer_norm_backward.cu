@@ -366,7 +366,7 @@ void conditional_layer_norm_backward(const ConditionalLayerNormBackward& b, cons
                                       {b.dbias_shift, narrow(kBiasShift)},
                                       {b.dx_bias, narrow(kXBias)}};
             if (f.tasks >= 65535) {
-                throw std::invalid_argument("conditional_layer_norm (cuda): too many tasks");
+                throw std::invalid_argument("conditional_layer_norm (cuda): more than 65534 tasks");
             }
             launch(kOp, parameters_kernel<S>,
                    dim3(static_cast<unsigned>(divide_up(D, kSlotColumns)), static_cast<unsigned>(f.tasks + 1),

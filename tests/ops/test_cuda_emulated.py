@@ -366,7 +366,7 @@ def test_nothing_is_written_beside_what_was_asked_for(h, module, op, dtype, D, m
 def test_refusals(module, op):
     where, nothing = (0, 0, 0, False), (0.0, 0)
     call = {
-        "film": lambda dtype, rows: module.film_forward(dtype, rows, 8, 0, 8, 0, 0, 0, where),
+        "film": lambda dtype, rows: module.film_forward(dtype, rows, 8, 0, 8, *[0] * 5, where),
         "conditional_layer_norm": lambda dtype, rows: module.conditional_layer_norm_forward(
             dtype, rows, 8, *[0] * 10, (0, 0, 0, 0), nothing, 1e-6, 0, 0, 0, where
         ),
@@ -377,7 +377,7 @@ def test_refusals(module, op):
         call(1, (1, 1, 1, 0, 0, 1))
     call(0, (0, 0, 5, 0, 0, 1))
     with pytest.raises(ValueError, match="tables must be float32 or"):
-        module.film_forward(0, (1, 1, 1, 0, 0, 1), 8, 0, 8, 0, 0, 0, (0, 0, 2, False))
+        module.film_forward(0, (1, 1, 1, 0, 0, 1), 8, 0, 8, *[0] * 5, (0, 0, 2, False))
 
 
 def test_compiled(h, module):
