@@ -54,7 +54,7 @@ def threads(elements: int) -> int:
 
 
 def table(value: Tensor | None) -> Tensor | None:
-    """A parameter or table of any dtype as CUDA kernels read it: unit last stride, any stride between tasks."""
+    """A parameter or table as CUDA kernels read it: unit last stride, any stride between tasks."""
     if value is None:
         return None
     if value.shape[-1] > 1 and value.stride(-1) != 1:

@@ -297,7 +297,7 @@ def _residual(residual: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _parameter(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """As the CUDA kernels read it: of the call's dtype or float32."""
-    if value is not None and value.dtype != dtype and value.dtype != torch.float32:
+    if value is not None and value.dtype not in {dtype, torch.float32}:
         value = value.float()
     return t.table(value)
 

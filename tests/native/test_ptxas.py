@@ -44,13 +44,23 @@ def report(tmp_path_factory) -> list[dict[str, str]]:
     archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
 
     def compile_one(source: Path) -> str:
-        flags = ["-c", "-std=c++17", "-O3", *archs, "-Xptxas=-v", "-Werror=all-warnings", f"-I{CSRC / 'include'}"]
+        flags = [
+            "-c",
+            "-std=c++17",
+            "-O3",
+            *archs,
+            "-Xptxas=-v",
+            "-Werror=all-warnings",
+            f"-I{CSRC / 'include'}",
+        ]
         return run(str(NVCC), *flags, str(source), "-o", str(folder / f"{source.stem}.o"))
 
     began = time.monotonic()
     with ThreadPool(2) as pool:
         found = [entry for log in pool.map(compile_one, SOURCES) for entry in entries(log)]
-    assert time.monotonic() - began < 240, "four minutes for two architectures are twice what a build may take"
+    assert time.monotonic() - began < 240, (
+        "four minutes for two architectures are twice what a build may take"
+    )
     return found
 
 

@@ -5,8 +5,6 @@ Their blocks run one after the other and their threads in either order; memory t
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -79,8 +77,8 @@ def check(h, op, tasks, size, T, dtype, starts=None, **options):
 @pytest.mark.parametrize(
     ("B", "S", "D", "T"),
     [
-        (1, 1, 1, 1), (3, 5, 33, 2), (2, 37, 64, 3), (5, 1, 100, 3), (3, 7, 384, 8), (2, 19, 768, 3), (2, 3, 1000, 2),
-        (2, 2, 2056, 3), (2, 50, 24, 2), (40, 3, 24, 2), (0, 5, 8, 2), (2, 0, 8, 2),
+        (1, 1, 1, 1), (3, 5, 33, 2), (2, 37, 64, 3), (5, 1, 100, 3), (3, 7, 384, 8), (2, 19, 768, 3),
+        (2, 3, 1000, 2), (2, 2, 2056, 3), (2, 50, 24, 2), (40, 3, 24, 2), (0, 5, 8, 2), (2, 0, 8, 2),
     ],
 )  # fmt: skip
 def test_padded(h, module, op, dtype, B, S, D, T):
@@ -173,7 +171,7 @@ def test_the_order_of_threads_and_old_memory_leave_no_trace(h, module, op, dtype
 @OPS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_and_alignment(h, module, op, dtype):
-    """Bits are those of contiguous tensors wherever rows and tables lie, as far as the way of reading is one."""
+    """Wherever rows and tables lie; where both are read alike, bits are those of contiguous tensors."""
     call, inputs = CALLS[op]
     tasks = torch.tensor([1, 0, 1])
     leaves = [x.detach().to(dtype) for x in inputs(h, (3, 5, 16), 2)]
@@ -308,7 +306,11 @@ def test_dropout_drops_what_the_reference_drops(h, module, dtype, D, seed):
 
 
 def test_norm_of_one_value_and_of_none(h, module):
-    x, weight, bias = torch.full((3, 72), 1e4, requires_grad=True), torch.full((72,), 1 / 3), torch.arange(72.0)
+    x, weight, bias = (
+        torch.full((3, 72), 1e4, requires_grad=True),
+        torch.full((72,), 1 / 3),
+        torch.arange(72.0),
+    )
     y = ops.conditional_layer_norm(x, weight, bias, backend="cuda")
     assert torch.equal(y, bias.expand(3, 72))
     assert torch.autograd.grad(y, x, torch.full_like(y, 0.7))[0].isfinite().all()
