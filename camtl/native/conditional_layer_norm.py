@@ -179,23 +179,23 @@ class Cuda:
         assert extension is not None
         dtype = _dtype(x, residual)
         wide = x if x.dtype == dtype else x.to(dtype)
-        flat, beside = t.rows(wide), _residual(residual, dtype)
+        (flat, step), (beside, step_beside) = t.walked(wide), _residual(residual, dtype)
         tasks, T = _cuda_tasks(gamma, bias_shift, task_ids)
         starts = t.starts(cu_seqlens)
         parameters = [_parameter(p, dtype) for p in (weight, bias, gamma, beta, bias_shift, x_bias)]
         seed = _seed(dropout_p, dropout_seed)
-        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        y = t.like(wide)
         mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-        rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        rstd = t.like(mean)
         with t.on_device(x):
             extension.cuda.conditional_layer_norm_forward(
                 t.code(wide),
                 t.layout(x, tasks, starts, T),
                 x.shape[-1],
                 t.address(flat),
-                t.stride(flat),
+                step,
                 t.address(beside),
-                t.stride(beside),
+                step_beside,
                 *[t.address(p) for p in parameters],
                 _tables(dtype, parameters),
                 (dropout_p, t.address(seed)),
@@ -233,7 +233,8 @@ class Cuda:
         assert dy is not None
         dtype = _dtype(x, residual)
         wide = x if x.dtype == dtype else x.to(dtype)
-        flat_dy, flat, beside = t.rows(dy.to(dtype)), t.rows(wide), _residual(residual, dtype)
+        (flat_dy, step_dy), (flat, step) = t.walked(dy if dy.dtype == dtype else dy.to(dtype)), t.walked(wide)
+        beside, step_beside = _residual(residual, dtype)
         tasks, T = _cuda_tasks(gamma, bias_shift, task_ids)
         starts = t.starts(cu_seqlens)
         summed = (weight, bias, gamma, beta, bias_shift, x_bias)
@@ -246,14 +247,14 @@ class Cuda:
         shared = dropout_p == 0.0
         dx = dresidual = workspace = None
         if needs_x or (needs_residual and shared):
-            dx = torch.empty(x.shape, dtype=dtype, device=x.device)
+            dx = t.like(wide)
         if needs_residual and not shared:
-            dresidual = torch.empty(x.shape, dtype=dtype, device=x.device)
+            dresidual = t.like(wide)
         sums: list[Tensor | None] = [None] * len(summed)
         wanted = 0
         for i, (read, need) in enumerate(zip(parameters, needs_parameters, strict=True)):
             if need and read is not None:
-                sums[i] = torch.empty(read.shape, dtype=read.dtype, device=x.device)
+                sums[i] = t.like(read)
                 wanted |= 1 << i
         if wanted:
             size = extension.cuda.conditional_layer_norm_backward_workspace(rows, D, wanted, x.get_device())
@@ -264,11 +265,11 @@ class Cuda:
                 rows,
                 D,
                 t.address(flat_dy),
-                t.stride(flat_dy),
+                step_dy,
                 t.address(flat),
-                t.stride(flat),
+                step,
                 t.address(beside),
-                t.stride(beside),
+                step_beside,
                 *[t.address(parameters[i]) for i in (0, 2, 3, 5)],
                 _tables(dtype, parameters),
                 (dropout_p, t.address(seed)),
@@ -284,15 +285,18 @@ class Cuda:
             dresidual = dx
         return (
             dx.to(x.dtype) if dx is not None and needs_x else None,
-            *(None if s is None or p is None else s.to(p.dtype) for s, p in zip(sums, summed, strict=True)),
+            *[None if s is None or p is None else s.to(p.dtype) for s, p in zip(sums, summed, strict=True)],
             dresidual.to(residual.dtype)
             if dresidual is not None and residual is not None and needs_residual
             else None,
         )
 
 
-def _residual(residual: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if residual is None else t.rows(residual if residual.dtype == dtype else residual.to(dtype))
+def _residual(residual: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int]:
+    """In the call's dtype, and its stride between rows."""
+    if residual is None:
+        return None, 0
+    return t.walked(residual if residual.dtype == dtype else residual.to(dtype))
 
 
 def _parameter(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:

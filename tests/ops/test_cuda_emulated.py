@@ -351,7 +351,7 @@ def test_nothing_is_written_beside_what_was_asked_for(h, module, op, dtype, D, m
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs(h, (60, D), 4)]
     dy = torch.randn(60, D).to(dtype)
     monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(torch, "empty_like", lambda x: empty(x.shape, dtype=x.dtype, device=x.device))
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: empty(x.shape, dtype=x.dtype, device=x.device))
     y = call(tasks, starts)("cuda", *leaves)
     grads = torch.autograd.grad(y, leaves, dy)
     monkeypatch.undo()
