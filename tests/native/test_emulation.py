@@ -84,3 +84,21 @@ def test_more_shared_memory_must_be_asked_for(module):
     with pytest.raises(RuntimeError, match="invalid argument"):
         module.probes.shared_memory(228 * 1024, 128)
     module.probes.shared_memory(64 * 1024, 48 * 1024 + 16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code", "K"), [(torch.bfloat16, 2, 16), (torch.float16, 3, 16), (None, 0, 8)]
+)
+def test_fragments_of_tensor_cores(probes, dtype, code, K):
+    """Lanes hold what the PTX manual says: the product of tiles comes out, in tf32 without 13 bits."""
+    a, b, c = torch.randn(16, K), torch.randn(K, 8), torch.full((16, 8), torch.nan)
+    if dtype is None:
+        low = [x.clone() for x in (a, b)]
+        for x in low:
+            x.view(torch.int32).bitwise_and_(-(2**13))
+        assert not torch.equal(low[0], a)
+    else:
+        a, b = a.to(dtype), b.to(dtype)
+        low = [a.float(), b.float()]
+    probes.product(a.data_ptr(), b.data_ptr(), c.data_ptr(), code)
+    torch.testing.assert_close(c, low[0] @ low[1], rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ void shuffle(std::uintptr_t out, int columns, unsigned threads);
 void chain(std::uintptr_t out, unsigned blocks, unsigned threads);
 void wrong(std::uintptr_t out, int what);
 void shared_memory(int asked, int bytes);
+void product(std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, int dtype);
 }  // namespace probes
 
 PYBIND11_MODULE(cuda_emulated, m) {
@@ -21,4 +22,5 @@ PYBIND11_MODULE(cuda_emulated, m) {
     p.def("chain", &probes::chain);
     p.def("wrong", &probes::wrong);
     p.def("shared_memory", &probes::shared_memory);
+    p.def("product", &probes::product);
 }

@@ -1,5 +1,6 @@
 // Test only: small kernels that show that the emulation does what CUDA does.
 #include "common.cuh"
+#include "tensor_cores.h"
 
 namespace {
 
@@ -87,6 +88,44 @@ __global__ void wrong_kernel(float* out, int what) {
     }
 }
 
+// c [16, 8] = a [16, 16] times b, one warp: by fragments from shared memory, b [16, 8] through a transposing read.
+template <class S>
+__global__ void product_kernel(const S* a, const S* b, float* c) {
+    S* shared = reinterpret_cast<S*>(camtl::cuda::dynamic_shared());
+    S* const shared_b = shared + 16 * 16;
+    const int lane = static_cast<int>(threadIdx.x);
+    emulation::cp_async(shared + 8 * lane, a + 8 * lane, 16);
+    if (lane < 16) {
+        emulation::cp_async(shared_b + 8 * lane, b + 8 * lane, 16);
+    }
+    __syncwarp();
+    unsigned of_a[4], of_b[2];
+    emulation::ldmatrix<4>(of_a, shared + lane % 16 * 16 + lane / 16 * 8, false);
+    emulation::ldmatrix<2>(of_b, shared_b + lane % 16 * 8, true);
+    float d[4] = {};
+    emulation::mma_16<S>(d, of_a, of_b);
+    for (int i = 0; i < 4; ++i) {
+        c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
+    }
+}
+
+// The same in tf32 for a [16, 8], b [8, 8].
+__global__ void tf32_kernel(const float* a, const float* b, float* c) {
+    const int group = static_cast<int>(threadIdx.x) / 4, four = static_cast<int>(threadIdx.x) % 4;
+    unsigned of_a[4], of_b[2];
+    for (int i = 0; i < 4; ++i) {
+        of_a[i] = __float_as_uint(a[(group + i % 2 * 8) * 8 + four + i / 2 * 4]);
+    }
+    for (int i = 0; i < 2; ++i) {
+        of_b[i] = __float_as_uint(b[(four + 4 * i) * 8 + group]);
+    }
+    float d[4] = {};
+    emulation::mma_tf32(d, of_a, of_b);
+    for (int i = 0; i < 4; ++i) {
+        c[(group + i / 2 * 8) * 8 + four * 2 + i % 2] = d[i];
+    }
+}
+
 }  // namespace
 
 namespace probes {
@@ -119,6 +158,25 @@ void shared_memory(int asked, int bytes) {
     config.blockDim = dim3(32);
     config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
     camtl::cuda::check(cudaLaunchKernelEx(&config, chain_kernel, &out), "shared_memory");
+}
+
+void product(std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, int dtype) {
+    cudaLaunchConfig_t config{};
+    config.blockDim = dim3(32);
+    config.dynamicSmemBytes = (16 * 16 + 16 * 8) * 2;
+    const auto run = [&](auto storage) {
+        using S = decltype(storage);
+        camtl::cuda::check(cudaLaunchKernelEx(&config, product_kernel<S>, at<const S>(a), at<const S>(b), at<float>(c)),
+                           "product");
+    };
+    if (dtype == 0) {
+        camtl::cuda::check(
+            cudaLaunchKernelEx(&config, tf32_kernel, at<const float>(a), at<const float>(b), at<float>(c)), "product");
+    } else if (dtype == 2) {
+        run(camtl::cuda::bf16{});
+    } else {
+        run(camtl::cuda::f16{});
+    }
 }
 
 }  // namespace probes
