@@ -8,6 +8,7 @@
 // pass it by. Rows too long for eight warps' registers compute the rest of h anew, from the second-level cache, in each
 // of the three passes. Rows are vectors where addresses, strides and D allow, else single elements.
 // Bytes per element: x, residual and y once, and 8 per row. Flops: 10, and with dropout 12 integer operations.
+// sm_90, bf16, 16-byte accesses: 114 registers (16 warps on a multiprocessor), no spills. Times: not measured.
 #include "layer_norm.cuh"
 
 namespace camtl::cuda {

@@ -163,24 +163,35 @@ inline void run_block() {
         fiber.done = false;
         fiber.waits = nullptr;
     }
+    const auto can_run = [](const Fiber& fiber) {
+        return !fiber.done && (fiber.waits == nullptr || fiber.waits->generation != fiber.generation);
+    };
+    const unsigned warps = static_cast<unsigned>(block.warps.size());
     while (block.alive > 0) {
         bool moved = false;
-        for (unsigned i = 0; i < count; ++i) {
-            Fiber& fiber = fibers[reversed ? count - 1 - i : i];
-            if (fiber.done || (fiber.waits != nullptr && fiber.waits->generation == fiber.generation)) {
-                continue;
-            }
-            moved = true;
-            fiber.waits = nullptr;
-            running = &fiber;
-            threadIdx = fiber.index;
-            switch_to(&scheduler, fiber.context);
-            if (!failure.empty()) {
-                return;
-            }
-            if (fiber.done && --block.alive == block.all.arrived && block.alive > 0) {  // the others need not wait
-                block.all.arrived = 0;
-                ++block.all.generation;
+        for (unsigned w = 0; w < warps; ++w) {
+            const unsigned warp = reversed ? warps - 1 - w : w;
+            // a warp goes on as far as it can: what it writes too early, the others will not find
+            for (bool again = true; again;) {
+                again = false;
+                for (unsigned l = 0; l < kWarp; ++l) {
+                    const unsigned i = warp * kWarp + (reversed ? kWarp - 1 - l : l);
+                    if (i >= count || !can_run(fibers[i])) {
+                        continue;
+                    }
+                    moved = again = true;
+                    running = &fibers[i];
+                    running->waits = nullptr;
+                    threadIdx = running->index;
+                    switch_to(&scheduler, running->context);
+                    if (!failure.empty()) {
+                        return;
+                    }
+                    if (running->done && --block.alive == block.all.arrived && block.alive > 0) {
+                        block.all.arrived = 0;  // the others need not wait for this one
+                        ++block.all.generation;
+                    }
+                }
             }
         }
         if (!moved) {
