@@ -1,12 +1,11 @@
 // conditional_layer_norm, forward: h = dropout(x + x_bias) + residual, xhat = (h - mean) * rstd,
 // y = xhat * ((1 + gamma[t]) * weight + beta[t]) + bias + bias_shift[t]. The backward pass is in the file beside.
 //
-// A warp takes kRows rows (to D = 512, or 256 where 16-byte accesses do not fit), from there
-// on a block of up to eight warps. All loads of a thread, kPacks packs of x and of the residual for each row, are in
-// flight before the first is used; h then stays in registers: the mean is one sum over them, the variance a second one
-// around it. Parameters come from the first-level cache, once for neighbouring rows of one task; x and the residual
-// pass it by. Rows too long for eight warps' registers compute the rest of h anew, from the second-level cache, in each
-// of the three passes. Rows are vectors where addresses, strides and D allow, else single elements.
+// A warp takes kRows rows (to D = 512, or 256 where 16-byte accesses do not fit), beyond that a block of up to eight
+// warps does. All loads of a thread, kPacks packs of x and of the residual for each row, are in flight before the first
+// is used; h then stays in registers: the mean is one sum over them, the variance a second one around it. Parameters
+// come from the first-level cache, once for neighbouring rows of one task; x and the residual pass it by. Rows too long
+// for eight warps' registers compute the rest of h anew, from the second-level cache, in each of the three passes.
 // Bytes per element: x, residual and y once, and 8 per row. Flops: 10, and with dropout 12 integer operations.
 // sm_90, bf16, 16-byte accesses: 114 registers (16 warps on a multiprocessor), no spills. Times: not measured.
 #include "layer_norm.cuh"

@@ -349,7 +349,7 @@ void conditional_layer_norm_backward(const ConditionalLayerNormBackward& b, cons
             } else if (D <= kThreads * kSingles) {
                 run<S, 1, kSingles, false>(a, D, where);
             } else {
-                run<S, 1, kSingles, true>(a, D, where);
+                run<S, 1, 2, true>(a, D, where);
             }
         }
         if (kinds.count > 0) {

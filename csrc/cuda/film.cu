@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
             Pack<S, V> gradient[kBackwardRows], input[kBackwardRows];
 #pragma unroll
             for (int r = 0; r < kBackwardRows; ++r) {
-                const int64_t row = top + r * step;
+                const int row = top + r * step;
                 if (row < high) {
                     gradient[r] = load_once<V>(dy + row * dy_stride + column);
                     if (x != nullptr) {
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
             }
 #pragma unroll
             for (int r = 0; r < kBackwardRows; ++r) {
-                const int64_t row = top + r * step;
+                const int row = top + r * step;
                 if (row < high) {
 #pragma unroll
                     for (int i = 0; i < V; ++i) {

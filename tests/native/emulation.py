@@ -90,7 +90,9 @@ def installed(module: ModuleType) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_tensors, "stream", lambda x: 0)
         for op, native in OPS.items():
-            patch.setattr(native, "extension", SimpleNamespace(cuda=module, cpu=native.extension.cpu))
+            patch.setattr(
+                native, "extension", SimpleNamespace(cuda=module, cpu=getattr(native.extension, "cpu", None))
+            )
             there = _backends._REGISTRY[op]
             emulated = dataclasses.replace(
                 there["cuda"],
