@@ -1,6 +1,7 @@
 // camtl._native.cuda: as bindings.cpp, for kernels that are launched on a stream.
 #include "bindings.h"
 
+#include "camtl/conditional_attention.h"
 #include "camtl/conditional_layer_norm.h"
 #include "camtl/film.h"
 
@@ -99,6 +100,39 @@ void bind_conditional_layer_norm(py::module_& m) {
               camtl::cuda::conditional_layer_norm_backward(a, kinds, at(workspace), l);
           });
 }
+
+// attention_shape() with dropout's seed and offset on the device
+camtl::AttentionShape attention_on_device(const py::tuple& t, const py::tuple& drop) {
+    camtl::AttentionShape s = attention_shape(t);
+    s.dropout = dropout_on_device(drop);
+    return s;
+}
+
+void bind_conditional_attention(py::module_& m) {
+    m.def("conditional_attention_forward",
+          [](const py::tuple& shape, const py::tuple& drop, const py::tuple& q, const py::tuple& k, const py::tuple& v,
+             Address out, Address lse, const py::tuple& where) {
+              const camtl::ConditionalAttentionForward a{attention_on_device(shape, drop), strided(q), strided(k),
+                                                         strided(v), at(out), at(lse)};
+              const camtl::cuda::Launch l = launch(where);
+              py::gil_scoped_release release;
+              camtl::cuda::conditional_attention_forward(a, l);
+          });
+    m.def("conditional_attention_backward_workspace", [](const py::tuple& shape, bool bias_gradients, int device) {
+        return camtl::cuda::conditional_attention_backward_workspace(attention_shape(shape), bias_gradients, device);
+    });
+    m.def("conditional_attention_backward",
+          [](const py::tuple& shape, const py::tuple& drop, const py::tuple& q, const py::tuple& k, const py::tuple& v,
+             const py::tuple& dout, Address lse, const py::tuple& dq, const py::tuple& dk, const py::tuple& dv,
+             Address dtable, Address dgamma, Address dbeta, Address workspace, const py::tuple& where) {
+              const camtl::ConditionalAttentionBackward a{
+                  attention_on_device(shape, drop), strided(q), strided(k), strided(v), strided(dout), at(lse),
+                  strided(dq), strided(dk), strided(dv), at(dtable), at(dgamma), at(dbeta)};
+              const camtl::cuda::Launch l = launch(where);
+              py::gil_scoped_release release;
+              camtl::cuda::conditional_attention_backward(a, at(workspace), l);
+          });
+}
 // clang-format on
 
 }  // namespace
@@ -106,4 +140,5 @@ void bind_conditional_layer_norm(py::module_& m) {
 void camtl_bind_cuda(py::module_& m) {
     bind_film(m);
     bind_conditional_layer_norm(m);
+    bind_conditional_attention(m);
 }

@@ -24,14 +24,18 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from camtl.native import _tensors, conditional_layer_norm, film
+from camtl.native import _tensors, conditional_attention, conditional_layer_norm, film
 from camtl.ops import _backends
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 HERE = Path(__file__).resolve().parent
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
-OPS = {"film": film, "conditional_layer_norm": conditional_layer_norm}  # those with CUDA kernels
+OPS = {  # those with CUDA kernels
+    "film": film,
+    "conditional_layer_norm": conditional_layer_norm,
+    "conditional_attention": conditional_attention,
+}
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fPIC"]
 
 

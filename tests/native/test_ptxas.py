@@ -19,7 +19,13 @@ FRAME = re.compile(
 )
 USED = re.compile(r"Used (?P<registers>\d+) registers")
 # Threads of a multiprocessor that each kernel must leave room for, with 65536 registers on all architectures.
-RESIDENT = {"forward_kernel": 512, "backward_kernel": 512, "tables_kernel": 1024, "parameters_kernel": 1024}
+RESIDENT = {
+    **{"forward_kernel": 512, "backward_kernel": 512, "tables_kernel": 1024, "parameters_kernel": 1024},
+    # attention: blocks of 128 threads, of 256 and of 512
+    **{"attend_kernel": 256, "queries_kernel": 256, "keys_kernel": 256, "band_kernel": 256},
+    **{"short_kernel": 256, "stored_kernel": 1024},
+    **{"table_gradient_kernel": 1024, "column_gradients_kernel": 512},
+}
 
 
 def entries(log: str) -> list[dict[str, str]]:
@@ -76,7 +82,7 @@ def test_enough_threads_fit_a_multiprocessor(report):
 def test_few_kernels(report):
     """Each is compiled once per architecture of a wheel: a new template parameter shows here first."""
     assert len(report) == len({(entry["name"], entry["arch"]) for entry in report})
-    assert len(report) / 2 <= 70
+    assert len(report) / 2 <= 120
 
 
 def test_a_report_is_read_as_ptxas_writes_it():

@@ -273,7 +273,7 @@ SMALL: dict[str, tuple[str, Build, Sequence[torch.dtype]]] = {
     ),
     "attention packed": (
         "conditional_attention",
-        lambda d: attention(d, 3, 37, 2, 16, 7, T=3, p=0.2, one=True),
+        lambda d: attention(d, 3, 37, 2, 32, 7, T=3, p=0.2, one=True),
         (F32, BF16),
     ),
     "attention padded": (
@@ -281,7 +281,7 @@ SMALL: dict[str, tuple[str, Build, Sequence[torch.dtype]]] = {
         lambda d: attention(d, 2, 20, 1, 24, 6, T=3, packed=False, L=24),
         (F32,),
     ),
-    "attention long": ("conditional_attention", lambda d: attention(d, 2, 270, 1, 16, 45, T=3), (F32,)),
+    "attention long": ("conditional_attention", lambda d: attention(d, 2, 270, 1, 32, 45, T=3), (F32,)),
     "bottleneck packed": (
         "conditional_bottleneck",
         lambda d: bottleneck(d, 5, 9, 48, T=3, K=17, activation="gelu", residual=True),
@@ -310,6 +310,7 @@ ONE_EACH = [
 ]  # fmt: skip
 SMALL_EACH = ["film packed", "norm packed", "gelu", "attention packed", "bottleneck packed", "loss", "select"]
 TABLE = REAL | SMALL
+ODD_HEADS = {"attention odd", "attention padded"}  # of sizes that CUDA C++ does not have
 
 
 def places(device: str, op: str) -> list[str]:
@@ -325,6 +326,7 @@ def runs(device: str, names: Sequence[str], first: bool = False) -> list[Any]:
         pytest.param((device, on, name, dtype), marks=mark, id=f"{on}-{device}-{name}-{str(dtype)[6:]}")
         for name in names
         for on in places(device, TABLE[name][0])
+        if on != "cuda" or name not in ODD_HEADS
         for dtype in TABLE[name][2][: 1 if first else None]
     ]
 

@@ -8,35 +8,38 @@
 namespace emulation {
 
 // mma.sync.aligned.m16n8k{K}.row.col.f32: d += a b for a [16, K], b [K, 8] of 16-bit values (K = 16, two to a register)
-// or of tf32 (K = 8, one to a register). Widen(register, half): one value of a register.
+// or of tf32 (K = 8, one to a register). Widen(register, half): one value of a register. Lanes show each other where
+// their registers are, and go on when all have read.
 template <int K, class Widen>
 void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Widen&& widen) {
     constexpr int kPerRegister = K / 8;
+    struct Registers {
+        const unsigned *a, *b;
+    };
+    const Registers mine{a, b};
+    const uint64_t* lanes = exchange(0xffffffffu, static_cast<uint64_t>(reinterpret_cast<uintptr_t>(&mine)));
+    const auto of = [&](int from) { return reinterpret_cast<const Registers*>(static_cast<uintptr_t>(lanes[from])); };
     const int own = static_cast<int>(lane()), group = own / 4, four = own % 4;
     float rows[2][K], columns[2][K];  // of a: group and group + 8; of b: 2 * four and 2 * four + 1
-    for (int from = 0; from < static_cast<int>(kWarp); ++from) {
-        for (int word = 0; word < 6; ++word) {
-            const unsigned bits = shuffled(0xffffffffu, word < 4 ? a[word] : b[word - 4], static_cast<unsigned>(from));
+    for (int part = 0; part < 4; ++part) {
+        for (int word = 0; word < 4; ++word) {
             for (int half = 0; half < kPerRegister; ++half) {
                 // a: words 0, 1 are rows g and g + 8 of the first half of columns, 2, 3 of the second; b: likewise
-                const int k = from % 4 * kPerRegister + half + (word < 4 ? word / 2 : word - 4) * K / 2;
-                const float value = widen(bits, half);
-                if (word < 4 && from / 4 == group) {
-                    rows[word % 2][k] = value;
-                }
-                for (int column = 0; word >= 4 && column < 2; ++column) {
-                    if (from / 4 == 2 * four + column) {
-                        columns[column][k] = value;
-                    }
-                }
+                const int k = part * kPerRegister + half;
+                rows[word % 2][k + word / 2 * K / 2] = widen(of(4 * group + part)->a[word], half);
+                const int column = word % 2;
+                columns[column][k + word / 2 * K / 2] = widen(of(4 * (2 * four + column) + part)->b[word / 2], half);
             }
         }
     }
     for (int i = 0; i < 4; ++i) {
+        double sum = d[i];  // products are exact, and rounded once they are added up
         for (int k = 0; k < K; ++k) {
-            d[i] += rows[i / 2][k] * columns[i % 2][k];
+            sum += static_cast<double>(rows[i / 2][k]) * columns[i % 2][k];
         }
+        d[i] = static_cast<float>(sum);
     }
+    exchange(0xffffffffu, 0);
 }
 
 // Half `half` of a register as bf16, f16, or all of it as tf32: float32 of which 13 bits do not count.
@@ -47,6 +50,9 @@ inline float half_of(unsigned bits, int half, __half) {
     return __half2float(__half{static_cast<uint16_t>(bits >> 16 * half)});
 }
 inline float tf32_of(unsigned bits, int) { return __int_as_float(static_cast<int>(bits & 0xffffe000u)); }
+
+// cvt.rna.tf32.f32: the nearest of 11 bits, ties away from zero.
+inline unsigned to_tf32(float x) { return x != x ? 0x7fffffffu : (__float_as_uint(x) + 0x1000u) & 0xffffe000u; }
 
 template <class S>
 void mma_16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
@@ -59,19 +65,18 @@ inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
 template <int N>
 void ldmatrix(unsigned (&registers)[N], const void* row, bool transposed) {
     check(reinterpret_cast<uintptr_t>(row) % 16 == 0, "ldmatrix reads aligned rows of 16 bytes");
+    const uint64_t* rows = exchange(0xffffffffu, static_cast<uint64_t>(reinterpret_cast<uintptr_t>(row)));
     const int own = static_cast<int>(lane());
     for (int i = 0; i < N; ++i) {
         uint16_t halves[2];
-        const uint16_t* rows[8];
-        for (int r = 0; r < 8; ++r) {
-            rows[r] = shuffled(0xffffffffu, static_cast<const uint16_t*>(row), static_cast<unsigned>(8 * i + r));
-        }
         for (int half = 0; half < 2; ++half) {
             const int a = own / 4, b = own % 4 * 2 + half;
-            halves[half] = transposed ? rows[b][a] : rows[a][b];
+            const uintptr_t from = static_cast<uintptr_t>(rows[8 * i + (transposed ? b : a)]);
+            halves[half] = reinterpret_cast<const uint16_t*>(from)[transposed ? a : b];
         }
         std::memcpy(registers + i, halves, sizeof halves);
     }
+    exchange(0xffffffffu, 0);  // what lies there may be overwritten from now on
 }
 
 // cp.async.cg.shared.global of 16 bytes, of which `bytes` are read and the others become 0. The copy is made at once; a
