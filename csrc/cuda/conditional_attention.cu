@@ -5,7 +5,8 @@
 // of size S x S leaves the chip. A task's gamma and beta lie in shared memory, the table comes from the first-level
 // cache. Blocks of a head run side by side: its keys come from memory once, then from the second-level cache.
 // Bytes: q, k, v and out once, 4 per row and head for the log-sum-exp. Flops: 4 S^2 Dh per sequence and head.
-// Times: not measured.
+// sm_90, bf16, Dh 64: 168 registers, no spills, 45 KB of shared memory (12 warps on a multiprocessor). Times: not
+// measured.
 #include "attention.cuh"
 
 namespace camtl::cuda {
@@ -25,7 +26,7 @@ template <class S, int D>
 constexpr int64_t kForwardBytes = Tile<S, D>::bytes(kOwn + 2 * kStages<S, D> * kPassing<S, D>);
 
 template <class S, int D>
-__global__ void __launch_bounds__(kThreads, 1) attend_kernel(const Forward<S> a) {
+__global__ void __launch_bounds__(kThreads, 3) attend_kernel(const Forward<S> a) {
     constexpr int kKeys = kPassing<S, D>, N = kKeys / 8;
     const Problem& p = a.problem;
     zero_tail(p, a.out, D);
