@@ -15,7 +15,7 @@ struct Backward {
     Rows<const S> q, k, v, dout;
     Rows<S> dq, dk, dv;  // data null: not wanted
     const float* lse;
-    float *delta, *mass;  // as lse: sum of P dP, and of P (1 but for the rounding of lse)
+    float *delta, *mend;  // as lse: sum of P dP, and what makes the sum of P 1 (1 but for the rounding of lse)
     float* partial;       // dS on the diagonal blocks: [B, H, S, w], packed [H, N, w]; null: not stored
 };
 
@@ -27,7 +27,7 @@ struct Chunks {
 
 // The workspace: its parts in this order, each at a multiple of 16 bytes.
 struct Plan {
-    int64_t delta = 0, mass = 0, partial = 0, sums = 0, bytes = 0;  // where they begin
+    int64_t delta = 0, mend = 0, partial = 0, sums = 0, bytes = 0;  // where they begin
     bool summed = false, stored = false;  // G is wanted; per head, by the main kernel
     Chunks chunks{};
 };
@@ -42,7 +42,7 @@ inline Plan plan(const AttentionShape& s, bool bias_gradients, int processors) {
         return begin;
     };
     p.delta = take(rows);
-    p.mass = take(rows);
+    p.mend = take(rows);
     p.summed = bias_gradients && s.table != nullptr && s.layout.tasks > 0;
     if (p.summed) {
         p.stored = s.width <= kNarrowWidth;

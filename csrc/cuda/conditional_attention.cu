@@ -26,7 +26,7 @@ template <class S, int D>
 constexpr int64_t kForwardBytes = Tile<S, D>::bytes(kOwn + 2 * kStages<S, D> * kPassing<S, D>);
 
 template <class S, int D>
-__global__ void __launch_bounds__(kThreads, 3) attend_kernel(const Forward<S> a) {
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 2 : 3) attend_kernel(const Forward<S> a) {
     constexpr int kKeys = kPassing<S, D>, N = kKeys / 8;
     const Problem& p = a.problem;
     zero_tail(p, a.out, D);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 3) attend_kernel(const Forward<S> a)
                 high[e / 2] = s[n][e] > high[e / 2] ? s[n][e] : high[e / 2];
             }
         }
-        float base[2], fade[2];
+        float base[2], fade[2], sum[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             high[r] = fmaxf(high[r], __shfl_xor_sync(0xffffffffu, high[r], 1));
@@ -91,7 +91,6 @@ __global__ void __launch_bounds__(kThreads, 3) attend_kernel(const Forward<S> a)
             base[r] = high[r] == -kInfinity ? 0.0f : high[r];  // no key so far
             fade[r] = exp2f(largest[r] - base[r]);
             largest[r] = high[r];
-            total[r] *= fade[r];
         }
 #pragma unroll
         for (int n = 0; n < N; ++n) {
@@ -99,9 +98,13 @@ __global__ void __launch_bounds__(kThreads, 3) attend_kernel(const Forward<S> a)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const float share = exp2f(s[n][e] - base[e / 2]);
-                total[e / 2] += share;
+                sum[e / 2] += share;
                 s[n][e] = (kept >> e & 1) != 0 ? share : 0.0f;
             }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            total[r] = fmaf(total[r], fade[r], sum[r]);
         }
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
@@ -151,8 +154,13 @@ void conditional_attention_forward(const ConditionalAttentionForward& a, const L
         }
         const bool packed = s.layout.cu_seqlens != nullptr;
         const AttentionTensor out{a.out, packed ? 0 : s.length * s.heads * D, s.heads * D, D};
-        const Forward<S> f{p, static_cast<int>(tiles), rows_of<const S>(a.q), rows_of<const S>(a.k),
-                           rows_of<const S>(a.v), rows_of<S>(out), static_cast<float*>(a.lse)};
+        const Forward<S> f{p,
+                           static_cast<int>(tiles),
+                           rows_of<const S>(a.q),
+                           rows_of<const S>(a.k),
+                           rows_of<const S>(a.v),
+                           rows_of<S>(out),
+                           static_cast<float*>(a.lse)};
         launch_with(kForwardBytes<S, D> + column_bytes(p), attend_kernel<S, D>, dim3(static_cast<unsigned>(blocks)),
                     dim3(kThreads), where, f);
     });

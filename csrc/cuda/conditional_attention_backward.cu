@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1) queries_kernel(const Backward<S> 
     const int row = i0 + first + lane / 4;
     const Blocks blocks(row, at.n, p.width);
     const Drops drops(p, at);
-    float lse[2], delta[2] = {0.0f, 0.0f}, mass[2] = {0.0f, 0.0f};
+    float lse[2], delta[2] = {0.0f, 0.0f}, mend[2] = {0.0f, 0.0f};  // mend: at first the sum of P
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         lse[r] = row + 8 * r < at.n ? a.lse[at.first + row + 8 * r] : kInfinity;
@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(kThreads, 1) queries_kernel(const Backward<S> 
         const Known<kKeys> known(p, at, j0);
         probabilities<false>(
             p, at, columns, drops, blocks, queries.rows(first), keys(t % kStages<S, D>), P, row, column, meets,
-            [&](int, int e) { return lse[e / 2]; },
-            [&](int n, int e) { return known.has(n, 2 * (lane % 4) + e % 2); });
+            [&](int, int e) { return lse[e / 2]; }, [&](int n, int e) { return known.has(n, 2 * (lane % 4) + e % 2); });
         clear(dP);
         add_rows_by_rows<false>(dP, slopes.rows(first), values(t % kStages<S, D>));
         undrop(P, dP);
@@ -84,18 +83,18 @@ __global__ void __launch_bounds__(kThreads, 1) queries_kernel(const Backward<S> 
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     delta[e / 2] = fmaf(P[n][e], dP[n][e], delta[e / 2]);
-                    mass[e / 2] += P[n][e];
+                    mend[e / 2] += P[n][e];
                 }
             }
             if (t + 1 == steps) {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    mass[r] = sum_of_four(mass[r]);
-                    mass[r] = mass[r] == 0.0f ? 1.0f : mass[r];  // 0: no key
-                    delta[r] = sum_of_four(delta[r]) / mass[r];
+                    mend[r] = sum_of_four(mend[r]);
+                    mend[r] = mend[r] == 0.0f ? 1.0f : 1.0f / mend[r];  // 0: no key
+                    delta[r] = sum_of_four(delta[r]) * mend[r];
                     if (lane % 4 == 0 && row + 8 * r < at.n) {
                         a.delta[at.first + row + 8 * r] = delta[r];
-                        a.mass[at.first + row + 8 * r] = mass[r];
+                        a.mend[at.first + row + 8 * r] = mend[r];
                     }
                 }
             }
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1) queries_kernel(const Backward<S> 
                 for (int e = 0; e < 4; ++e) {
                     P[n][e] *= dP[n][e] - delta[e / 2];
                     if constexpr (sizeof(S) == 4) {
-                        P[n][e] /= mass[e / 2];
+                        P[n][e] *= mend[e / 2];
                     }
                     if (meets && a.partial != nullptr && blocks.has(e / 2, column + 8 * n + e % 2)) {
                         const int64_t i = at.first + row + e / 2 * 8;
@@ -185,14 +184,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 2 : 1) keys_kernel(
         float P[N][4], dP[N][4];
         probabilities<true>(
             p, at, columns, drops, blocks, keys.rows(first), queries(t % kStages<S, D>), P, row, column,
-            meet(j0 + first, 16, i0, kQueries, p.width),
-            [&](int n, int e) { return of_query(a.lse, n, e, kInfinity); }, [&](int, int e) { return known[e / 2]; });
+            meet(j0 + first, 16, i0, kQueries, p.width), [&](int n, int e) { return of_query(a.lse, n, e, kInfinity); },
+            [&](int, int e) { return known[e / 2]; });
         if constexpr (sizeof(S) == 4) {
 #pragma unroll
             for (int n = 0; n < N; ++n) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    P[n][e] /= of_query(a.mass, n, e, 1.0f);
+                    P[n][e] *= of_query(a.mend, n, e, 1.0f);
                 }
             }
         }
@@ -268,7 +267,7 @@ void conditional_attention_backward(const ConditionalAttentionBackward& a, void*
                             rows_of<S>(a.dv),
                             static_cast<const float*>(a.lse),
                             part(plan.delta),
-                            part(plan.mass),
+                            part(plan.mend),
                             plan.stored ? part(plan.partial) : nullptr};
         bool done = false;
         if constexpr (sizeof(S) == 2) {

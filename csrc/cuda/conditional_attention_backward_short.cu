@@ -26,6 +26,8 @@ __host__ __device__ constexpr int64_t short_bytes(int warps) {
 template <class S, int D, int kMost>
 __global__ void __launch_bounds__(32 * kMost, 1) short_kernel(const Backward<S> a) {
     constexpr int kQueries = kShortQueries<D, kMost>, N = kQueries / 8;
+    static_assert(short_bytes<S, D, kMost>(kMost) + 8 * 16 * kMost + 4096 <= 99 * 1024,
+                  "tiles, columns and the variables below fit a multiprocessor of every architecture");
     __shared__ float parts[2][kMost][kQueries];  // of delta and mass, by warp
     __shared__ float deltas[kQueries];
     __shared__ int begins[16 * kMost];  // of each position's block: kept by threads, they would take registers
@@ -127,11 +129,11 @@ __global__ void __launch_bounds__(32 * kMost, 1) short_kernel(const Backward<S> 
                 delta += parts[0][w][thread];
                 mass += parts[1][w][thread];
             }
-            mass = mass == 0.0f ? 1.0f : mass;  // 0: no key
-            deltas[thread] = delta / mass;
+            const float mend = mass == 0.0f ? 1.0f : 1.0f / mass;  // 0: no key
+            deltas[thread] = delta * mend;
             if (i0 + thread < at.n) {
-                a.delta[at.first + i0 + thread] = delta / mass;
-                a.mass[at.first + i0 + thread] = mass;
+                a.delta[at.first + i0 + thread] = delta * mend;
+                a.mend[at.first + i0 + thread] = mend;
             }
         }
         __syncthreads();
@@ -202,7 +204,7 @@ bool backward_of_short(const Backward<S>& a, const Launch& where) {
     return false;
 }
 
-#define CAMTL_SHORT(S)                                                   \
+#define CAMTL_SHORT(S)                                                         \
     template bool backward_of_short<S, 32>(const Backward<S>&, const Launch&); \
     template bool backward_of_short<S, 64>(const Backward<S>&, const Launch&); \
     template bool backward_of_short<S, 128>(const Backward<S>&, const Launch&)

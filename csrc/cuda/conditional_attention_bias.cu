@@ -34,8 +34,8 @@ __device__ __forceinline__ int64_t sums_at(const Problem& p, const Chunks& chunk
 }
 
 // Grid (entries, chunks, tasks).
-__global__ void __launch_bounds__(kThreads) stored_kernel(const Problem p, const float* __restrict__ partial,
-                                                          const Chunks chunks) {
+__global__ void __launch_bounds__(kThreads)
+    stored_kernel(const Problem p, const float* __restrict__ partial, const Chunks chunks) {
     const int chunk = static_cast<int>(blockIdx.y), task = static_cast<int>(blockIdx.z);
     const int64_t e = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (e >= int64_t{p.longest} * p.width) {
@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(kThreads, 1) band_kernel(const Backward<S> a, 
             const Blocks blocks(row, at.n, p.width);
             const Drops drops(p, at);
             const Known<kKeys> known(p, at, j0);
-            float lse[2], delta[2], mass[2];
+            float lse[2], delta[2], mend[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const bool there = row + 8 * r < at.n;
                 const int64_t i = at.first + row + 8 * r;
                 lse[r] = there ? a.lse[i] : kInfinity;
                 delta[r] = there ? a.delta[i] : 0.0f;
-                mass[r] = there ? a.mass[i] : 1.0f;
+                mend[r] = there ? a.mend[i] : 1.0f;
             }
             float P[N][4], dP[N][4];
             probabilities<false>(
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1) band_kernel(const Backward<S> a, 
                 for (int e = 0; e < 4; ++e) {
                     float dS = P[n][e] * (dP[n][e] - delta[e / 2]);
                     if constexpr (sizeof(S) == 4) {
-                        dS /= mass[e / 2];
+                        dS *= mend[e / 2];
                     }
                     G[n][e] += dS;
                 }
@@ -159,8 +159,8 @@ __device__ __forceinline__ float over_chunks(const Problem& p, const Chunks& chu
 
 // Grid (entries [L, w], tables).
 template <class P>
-__global__ void __launch_bounds__(kThreads) table_gradient_kernel(const Problem p, const Chunks chunks,
-                                                                  int64_t entries, P* dtable) {
+__global__ void __launch_bounds__(kThreads)
+    table_gradient_kernel(const Problem p, const Chunks chunks, int64_t entries, P* dtable) {
     const int64_t e = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (e >= entries) {
         return;
@@ -185,8 +185,8 @@ constexpr int kColumns = 32, kLanes = 16;
 
 // Grid (columns, tasks), block (kColumns, kLanes): the sums over rows, in double.
 template <class P>
-__global__ void __launch_bounds__(kColumns* kLanes) column_gradients_kernel(const Problem p, const Chunks chunks,
-                                                                            P* dgamma, P* dbeta) {
+__global__ void __launch_bounds__(kColumns* kLanes)
+    column_gradients_kernel(const Problem p, const Chunks chunks, P* dgamma, P* dbeta) {
     __shared__ double parts[2][kLanes][kColumns];
     const int column = static_cast<int>(threadIdx.x), lane = static_cast<int>(threadIdx.y);
     const int c = static_cast<int>(blockIdx.x) * kColumns + column, task = static_cast<int>(blockIdx.y);
@@ -242,7 +242,7 @@ void sum_wide_bias_gradients(const Backward<S>& a, const Chunks& chunks, const L
                 grid_of(divide_up(p.longest, kOwn) * most, chunks), dim3(kThreads), where, a, chunks, most);
 }
 
-#define CAMTL_BAND(S)                                                                              \
+#define CAMTL_BAND(S)                                                                               \
     template void sum_wide_bias_gradients<S, 32>(const Backward<S>&, const Chunks&, const Launch&); \
     template void sum_wide_bias_gradients<S, 64>(const Backward<S>&, const Chunks&, const Launch&); \
     template void sum_wide_bias_gradients<S, 128>(const Backward<S>&, const Chunks&, const Launch&)
@@ -269,14 +269,11 @@ void finish_bias_gradients(const ConditionalAttentionBackward& a, const Problem&
                    dim3(kThreads), where, p, chunks, entries, static_cast<P*>(a.dtable));
         }
         if (a.dgamma != nullptr || a.dbeta != nullptr) {
-            launch(kOp, column_gradients_kernel<P>,
-                   dim3(static_cast<unsigned>(divide_up(p.width, kColumns)), tasks), dim3(kColumns, kLanes), where, p,
-                   chunks, static_cast<P*>(a.dgamma), static_cast<P*>(a.dbeta));
+            launch(kOp, column_gradients_kernel<P>, dim3(static_cast<unsigned>(divide_up(p.width, kColumns)), tasks),
+                   dim3(kColumns, kLanes), where, p, chunks, static_cast<P*>(a.dgamma), static_cast<P*>(a.dbeta));
         }
     };
-    where.tables == DType::f32    ? run(float{})
-    : where.tables == DType::bf16 ? run(bf16{})
-                                  : run(f16{});
+    where.tables == DType::f32 ? run(float{}) : where.tables == DType::bf16 ? run(bf16{}) : run(f16{});
 }
 
 }  // namespace attention

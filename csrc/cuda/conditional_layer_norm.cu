@@ -158,12 +158,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) forward_kernel(const Argume
     float scale[V], shift[V];
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-        if (pack(k) < a.packs) {
+        if (pack(k) < a.packs && first < rows) {
             const int64_t column = int64_t{pack(k)} * V;
+            read_scale<S, V>(a.weight, a.gamma, a.beta, task[0], column, scale);
+            read_shift<S, V>(a, task[0], column, shift);
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
                 if (first + r < rows) {
-                    if (r == 0 || task[r] != task[r - 1]) {
+                    if (r > 0 && task[r] != task[r - 1]) {
                         read_scale<S, V>(a.weight, a.gamma, a.beta, task[r], column, scale);
                         read_shift<S, V>(a, task[r], column, shift);
                     }

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Arguments<S
             now = next;
             fetch(row + teams, next);
             float g[kPacks][V], xhat[kPacks][V], sums[2] = {};
-            unsigned kept[kPacks];
+            unsigned kept[kPacks] = {};
 #pragma unroll
             for (int k = 0; k < kPacks; ++k) {
                 if (live && pack(k) < a.packs) {

@@ -73,13 +73,11 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     } else if constexpr (std::is_same_v<S, bf16>) {
-        asm(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     } else {
-        asm(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
@@ -123,16 +121,22 @@ template <bool kTurned = false, class S>
 __device__ __forceinline__ void multiply(float (&d)[4], const Left<S>& a, const Right<S>& b) {
     mma<S>(d, a.v, b.v);
 }
+// Tensor cores round sums towards zero, an error that grows with each step; the units for float32 add the steps up.
 template <bool kTurned = false>
 __device__ __forceinline__ void multiply(float (&d)[4], const Left<float>& a, const Right<float>& b) {
+    float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if constexpr (kTurned) {
-        mma<float>(d, a.high, b.low);
-        mma<float>(d, a.low, b.high);
+        mma<float>(step, a.high, b.low);
+        mma<float>(step, a.low, b.high);
     } else {
-        mma<float>(d, a.low, b.high);
-        mma<float>(d, a.high, b.low);
+        mma<float>(step, a.low, b.high);
+        mma<float>(step, a.high, b.low);
     }
-    mma<float>(d, a.high, b.high);
+    mma<float>(step, a.high, b.high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        d[i] += step[i];
+    }
 }
 
 // Rows of `width` values in shared memory, each 16 bytes longer: reads of a column meet all banks.
@@ -235,7 +239,7 @@ template <bool kTurned, class S, int width, int N>
 __device__ __forceinline__ void add_rows_by_rows(float (&sums)[N][4], const Tile<S, width>& a,
                                                  const Tile<S, width>& b) {
     // float32's operands are split in registers, of which more steps at once would take too many
-    constexpr int kAtOnce = sizeof(S) == 4 ? 2 : width / kDepth<S>;
+    [[maybe_unused]] constexpr int kAtOnce = sizeof(S) == 4 ? 2 : width / kDepth<S>;
 #pragma unroll kAtOnce
     for (int k = 0; k < width; k += kDepth<S>) {
         Left<S> left;
@@ -252,8 +256,7 @@ __device__ __forceinline__ void add_rows_by_rows(float (&sums)[N][4], const Tile
 
 // sums [16, width] += p [16, 8 K] b[0:8 K], p rounded to S.
 template <class S, int width, int K, int N>
-__device__ __forceinline__ void add_sums_by_rows(float (&sums)[N][4], const float (&p)[K][4],
-                                                 const Tile<S, width>& b) {
+__device__ __forceinline__ void add_sums_by_rows(float (&sums)[N][4], const float (&p)[K][4], const Tile<S, width>& b) {
     static_assert(8 * N == width, "all columns");
 #pragma unroll
     for (int k = 0; k < 8 * K / kDepth<S>; ++k) {

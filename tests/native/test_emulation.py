@@ -80,9 +80,9 @@ def test_mistakes_end_the_launch_and_nothing_else(probes, what, message):
 
 def test_more_shared_memory_must_be_asked_for(module):
     with pytest.raises(RuntimeError, match="invalid argument"):
-        module.probes.shared_memory(0, 48 * 1024 + 16)
+        module.probes.shared_memory(0, 40 * 1024 + 16)
     with pytest.raises(RuntimeError, match="invalid argument"):
-        module.probes.shared_memory(228 * 1024, 128)
+        module.probes.shared_memory(100 * 1024, 128)
     module.probes.shared_memory(64 * 1024, 48 * 1024 + 16)
 
 
@@ -102,3 +102,14 @@ def test_fragments_of_tensor_cores(probes, dtype, code, K):
         low = [a.float(), b.float()]
     probes.product(a.data_ptr(), b.data_ptr(), c.data_ptr(), code)
     torch.testing.assert_close(c, low[0] @ low[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tensor_cores_round_towards_zero(probes, sign):
+    """Next to 1, three terms of 1.75 * 2^-24 lose their last two bits each, and their sum what float32 has not."""
+    a, b, c = torch.zeros(16, 8), torch.ones(8, 8), torch.full((16, 8), torch.nan)
+    a[:, 0] = sign
+    a[:, 1:4] = sign * 1.75 * 2**-24
+    probes.product(a.data_ptr(), b.data_ptr(), c.data_ptr(), 0)
+    assert (c == sign * (1 + 2**-23)).all()
+    assert (a.double().sum(1).float() == sign * (1 + 3 * 2**-23)).all()  # 2.625: up

@@ -17,7 +17,7 @@ ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\
 FRAME = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
 )
-USED = re.compile(r"Used (?P<registers>\d+) registers")
+USED = re.compile(r"Used (?P<registers>\d+) registers(?:.*? (?P<shared>\d+) bytes smem)?")
 # Threads of a multiprocessor that each kernel must leave room for, with 65536 registers on all architectures.
 RESIDENT = {
     **{"forward_kernel": 512, "backward_kernel": 512, "tables_kernel": 1024, "parameters_kernel": 1024},
@@ -77,6 +77,15 @@ def test_enough_threads_fit_a_multiprocessor(report):
         seen.add(kernel)
         assert int(entry["registers"]) * RESIDENT[kernel] <= 65536, entry
     assert seen == set(RESIDENT)
+
+
+def test_shared_variables_are_few(report):
+    """A launch asks for more memory from 40 KB on, which leaves them 8 of the 48 that need no asking."""
+    asking = ("attend_kernel", "queries_kernel", "keys_kernel", "band_kernel", "short_kernel")
+    shared = [(name, int(e["shared"] or 0)) for e in report for name in asking if name in e["name"]]
+    assert {name for name, _ in shared} == set(asking)
+    assert any(size > 0 for _, size in shared)
+    assert all(size < 8192 for _, size in shared)
 
 
 def test_few_kernels(report):

@@ -71,7 +71,9 @@ def test_rule(h, module, dtype, S, w, L, Dh):
     check(h, attention(torch.tensor([2, 0])), inputs(h, 2, S, 2, Dh, L, w), dtype)
 
 
-@pytest.mark.parametrize(("dtype", "S", "w"), [(BF16, 270, 6), (F16, 270, 90), (F32, 150, 80)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "S", "w"), [(BF16, 270, 6), (F16, 270, 90), (F32, 150, 80), (F32, 400, 22)], ids=str
+)
 def test_rule_long(h, module, dtype, S, w):
     """Longer than what a block holds: two kernels; tiles of keys without one to attend to."""
     mask = torch.rand(2, S) > 0.1

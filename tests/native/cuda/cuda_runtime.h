@@ -57,7 +57,9 @@ struct cudaLaunchConfig_t {
 
 namespace emulation {
 
-constexpr std::size_t kSharedBytes = 227 * 1024, kSharedBytesUnasked = 48 * 1024;
+// The most that a block can have on every architecture from 8.0 on, and without asking: there the kernel's own shared
+// variables count, for which 8 KB stand here.
+constexpr std::size_t kSharedBytes = 99 * 1024, kSharedBytesUnasked = (48 - 8) * 1024;
 
 alignas(128) inline unsigned char dynamic_shared[kSharedBytes];
 inline std::map<const void*, std::size_t> shared_limits;  // kernels that asked for more than the default

@@ -7,6 +7,43 @@
 
 namespace emulation {
 
+// d + a . b as an A100 adds up (Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ CS 7:e330, 2021):
+// products are exact, but all terms lose what is below a bit of the largest one (the 25th, where float32 has 24), and
+// the sum what float32 does not hold: towards zero, so that errors of many steps do not cancel. Later devices keep more
+// bits.
+template <int K>
+float add_products(float d, const float* a, const float* b) {
+    double terms[K + 1] = {d}, largest = std::fabs(d);
+    for (int k = 0; k < K; ++k) {
+        terms[k + 1] = static_cast<double>(a[k]) * b[k];
+        largest = std::fabs(terms[k + 1]) > largest ? std::fabs(terms[k + 1]) : largest;
+    }
+    double sum = 0.0;
+    for (const double term : terms) {
+        sum += term;
+    }
+    if (largest == 0.0 || !std::isfinite(sum)) {
+        return static_cast<float>(sum);
+    }
+    uint64_t bits = 0;
+    std::memcpy(&bits, &largest, sizeof bits);
+    bits &= uint64_t{0x7ff} << 52;  // 2^e, e the largest exponent: it, and 2^(24 - e)
+    const uint64_t inverse_bits = (uint64_t{2 * 1023 + 24} << 52) - bits;
+    double unit = 0.0, inverse = 0.0;
+    std::memcpy(&unit, &bits, sizeof bits);
+    std::memcpy(&inverse, &inverse_bits, sizeof bits);
+    int64_t count = 0;
+    for (const double term : terms) {
+        count += static_cast<int64_t>(term * inverse);
+    }
+    sum = static_cast<double>(count) * (unit / 16777216.0);
+    float rounded = static_cast<float>(sum);
+    if (std::fabs(static_cast<double>(rounded)) > std::fabs(sum)) {
+        rounded = std::nextafter(rounded, 0.0f);
+    }
+    return rounded;
+}
+
 // mma.sync.aligned.m16n8k{K}.row.col.f32: d += a b for a [16, K], b [K, 8] of 16-bit values (K = 16, two to a register)
 // or of tf32 (K = 8, one to a register). Widen(register, half): one value of a register. Lanes show each other where
 // their registers are, and go on when all have read.
@@ -33,11 +70,8 @@ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Widen&& 
         }
     }
     for (int i = 0; i < 4; ++i) {
-        double sum = d[i];  // products are exact, and rounded once they are added up
-        for (int k = 0; k < K; ++k) {
-            sum += static_cast<double>(rows[i / 2][k]) * columns[i % 2][k];
-        }
-        d[i] = static_cast<float>(sum);
+        d[i] = add_products<K / 2>(d[i], rows[i / 2], columns[i % 2]);
+        d[i] = add_products<K / 2>(d[i], rows[i / 2] + K / 2, columns[i % 2] + K / 2);
     }
     exchange(0xffffffffu, 0);
 }
