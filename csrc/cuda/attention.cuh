@@ -6,17 +6,12 @@
 // round.
 #pragma once
 
-#include <type_traits>
-
-#include "camtl/conditional_attention.h"
-
 #include "common.cuh"
 #include "philox.cuh"
 #include "tensor_cores.cuh"
 
 namespace camtl::cuda::attention {
 
-constexpr char kOp[] = "conditional_attention";
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kOwn = 16 * kWarps;  // rows that a block keeps, 16 to a warp: queries, or keys
@@ -144,9 +139,20 @@ struct Blocks {
     __device__ __forceinline__ bool has(int r, int x) const { return x >= low[r] && x < high[r]; }
 };
 
-// Whether rows [i, i + rows) and columns [j, j + columns) share a block of w.
-__device__ __forceinline__ bool meet(int i, int rows, int j, int columns, int w) {
-    return w > 0 && (i + rows - 1) / w >= j / w && (j + columns - 1) / w >= i / w;
+// What rows [i, i + rows) and columns [j, j + columns) of n have of blocks of w: nothing; entries of one or more; or
+// nothing but entries of one.
+enum class Meeting { kNone, kSome, kWhole };
+
+__device__ __forceinline__ Meeting meet(int i, int rows, int j, int columns, int n, int w) {
+    if (w == 0) {
+        return Meeting::kNone;
+    }
+    const int top = i / w, bottom = (i + rows - 1) / w, left = j / w, right = (j + columns - 1) / w;
+    if (bottom < left || right < top) {
+        return Meeting::kNone;
+    }
+    const bool one = top == bottom && left == right && i + rows <= n && j + columns <= n;
+    return one ? Meeting::kWhole : Meeting::kSome;
 }
 
 // Bit l of word m: key first + 32 m + l is there and may be attended to. The whole warp must come.
@@ -168,19 +174,48 @@ struct Known {
     }
 };
 
+// The products of a tile that is all of one block, with its bias: no entry looks for its place. `P`: what tables are
+// of.
+template <bool kTurned, class P, int N>
+__device__ __forceinline__ void add_whole_bias(const P* table, int w, const float* columns, int shifts, int low,
+                                               float (&s)[N][4], float factor, int row, int column) {
+    // turned: columns of the table are this lane's rows, of which it has two
+    const float* growth = columns + (kTurned ? row : column) - low;
+    const P* from = table + (kTurned ? int64_t{column} * w + row : int64_t{row} * w + column) - low;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int r = e / 2 * 8, x = 8 * n + e % 2, c = kTurned ? r : x;
+            const float entry = widen(from[(kTurned ? x : r) * w + c]);
+            s[n][e] = fmaf(s[n][e], factor, fmaf(growth[c], entry, growth[shifts + c]));
+        }
+    }
+}
+
 // From products to scores: the factor and, where blocks meet, the bias. `row`, `column`: this lane's first. A bad task
-// shows as NaN. Outside the blocks nothing is read; inside and across their edges each entry looks for its block.
+// shows as NaN. Outside the blocks nothing is read; across their edges each entry looks for its block.
 template <bool kTurned, class S, int N>
 __device__ __forceinline__ void add_bias(const Problem& p, const Place& at, const float* columns, const Blocks& blocks,
-                                         float (&s)[N][4], int row, int column, bool meets) {
+                                         float (&s)[N][4], int row, int column, Meeting meeting) {
     const float factor = at.task == kBadTask ? __int_as_float(0x7fc00000) : p.factor;
     const int64_t table = at.task > 0 ? at.task * p.task_table : 0;
+    if (meeting == Meeting::kWhole) {
+        if (p.narrow) {
+            add_whole_bias<kTurned>(static_cast<const S*>(p.table) + table, p.width, columns, p.columns, blocks.low[0],
+                                    s, factor, row, column);
+        } else {
+            add_whole_bias<kTurned>(static_cast<const float*>(p.table) + table, p.width, columns, p.columns,
+                                    blocks.low[0], s, factor, row, column);
+        }
+        return;
+    }
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             float bias = 0.0f;
-            if (meets) {
+            if (meeting == Meeting::kSome) {
                 const int r = row + e / 2 * 8, x = column + 8 * n + e % 2;
                 if (blocks.has(e / 2, x)) {
                     const int c = (kTurned ? r : x) - blocks.low[e / 2], i = kTurned ? x : r;
@@ -252,11 +287,11 @@ private:
 template <bool kTurned, class S, int D, int N, class Lse, class Shown>
 __device__ __forceinline__ void probabilities(const Problem& p, const Place& at, const float* columns,
                                               const Drops& drops, const Blocks& blocks, const Tile<S, D>& a,
-                                              const Tile<S, D>& b, float (&P)[N][4], int row, int column, bool meets,
-                                              Lse&& lse, Shown&& shown) {
+                                              const Tile<S, D>& b, float (&P)[N][4], int row, int column,
+                                              Meeting meeting, Lse&& lse, Shown&& shown) {
     clear(P);
     add_rows_by_rows<kTurned>(P, a, b);
-    add_bias<kTurned, S>(p, at, columns, blocks, P, row, column, meets);
+    add_bias<kTurned, S>(p, at, columns, blocks, P, row, column, meeting);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
         const unsigned kept = drops.on ? drops.template kept<kTurned>(row, column + 8 * n) : 15u;
@@ -319,89 +354,5 @@ __device__ __forceinline__ void zero_tail(const Problem& p, const Rows<S>& rows,
         }
     }
 }
-
-// -- launches
-
-// f(S{}, integral constant D) of a call.
-template <class F>
-void with_kind(const AttentionShape& s, const Launch& where, F&& f) {
-    if (where.tables != DType::f32 && where.tables != s.dtype) {
-        throw std::invalid_argument("conditional_attention (cuda): tables must be float32 or of q's dtype");
-    }
-    const auto with_size = [&](auto storage) {
-        switch (s.head_size) {
-            case 32:
-                return f(storage, std::integral_constant<int, 32>{});
-            case 64:
-                return f(storage, std::integral_constant<int, 64>{});
-            case 128:
-                return f(storage, std::integral_constant<int, 128>{});
-            default:
-                throw std::invalid_argument("conditional_attention (cuda): Dh must be 32, 64 or 128; got " +
-                                            std::to_string(s.head_size));
-        }
-    };
-    switch (s.dtype) {
-        case DType::f32:
-            return with_size(float{});
-        case DType::bf16:
-            return with_size(bf16{});
-        case DType::f16:
-            return with_size(f16{});
-        default:
-            throw std::invalid_argument("conditional_attention (cuda): float64 is not supported");
-    }
-}
-
-template <class S>
-Rows<S> rows_of(const AttentionTensor& t) {
-    const auto whole = [](int64_t stride) { return stride * static_cast<int64_t>(sizeof(S)) % 16 == 0; };
-    using Plain = std::remove_const_t<S>;
-    return {static_cast<S*>(const_cast<void*>(t.data)), t.sequence, t.position, t.head,
-            aligned<Plain>(16 / static_cast<int>(sizeof(S)), t.data, t.position) && whole(t.sequence) && whole(t.head)};
-}
-
-inline Problem problem_of(const AttentionShape& s, const Launch& where) {
-    Problem p{};
-    p.sequences = sequences(s.layout, where, kOp);
-    p.heads = as_int(s.heads, kOp, "heads");
-    p.longest = as_int(s.length, kOp, "positions");
-    as_int(s.layout.batch * s.heads * divide_up(s.length > 0 ? s.length : 1, kOwn), kOp, "tiles of heads");
-    p.width = s.table == nullptr ? 0 : as_int(s.width, kOp, "columns");
-    p.columns = p.width < p.longest ? p.width : p.longest;
-    p.task_table = s.table_per_task ? s.table_rows * s.width : 0;
-    p.table = s.table;
-    p.gamma = s.gamma;
-    p.beta = s.beta;
-    p.narrow = where.tables != DType::f32;
-    p.mask = s.mask;
-    p.scale = static_cast<float>(s.scale);
-    p.factor = static_cast<float>(s.scale * 1.4426950408889634);
-    p.dropout = dropping(s.dropout);
-    return p;
-}
-
-// What a launch gets without asking is 48 KB, in which the kernels' own variables lie too: less than 8 KB, as
-// tests/native/test_ptxas.py sees to.
-constexpr int64_t kUnasked = 40 * 1024;
-
-// launch() with shared memory of a size that the call sets.
-template <class... Parameters, class... Arguments>
-void launch_with(int64_t shared_bytes, void (*kernel)(Parameters...), dim3 grid, dim3 block, const Launch& where,
-                 Arguments... arguments) {
-    check(cudaSetDevice(where.device), kOp);
-    if (shared_bytes > kUnasked) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-              kOp);
-    }
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.stream = static_cast<cudaStream_t>(where.stream);
-    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), kOp);
-}
-
-inline int64_t column_bytes(const Problem& p) { return divide_up(int64_t{p.columns} * 8, 16) * 16; }
 
 }  // namespace camtl::cuda::attention

@@ -1,7 +1,7 @@
 // What conditional_attention's backward kernels share, and how their work goes from file to file.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_launch.cuh"
 
 namespace camtl::cuda::attention {
 

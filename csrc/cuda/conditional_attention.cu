@@ -7,7 +7,7 @@
 // Bytes: q, k, v and out once, 4 per row and head for the log-sum-exp. Flops: 4 S^2 Dh per sequence and head.
 // sm_90, bf16, Dh 64: 168 registers, no spills, 45 KB of shared memory (12 warps on a multiprocessor). Times: not
 // measured.
-#include "attention.cuh"
+#include "attention_launch.cuh"
 
 namespace camtl::cuda {
 namespace attention {
@@ -57,7 +57,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 2 : 3) attend_kerne
     const int lane = lane_of_warp(), first = static_cast<int>(threadIdx.x) / 32 * 16;  // of the warp's rows
     const int row = i0 + first + lane / 4;
     const Blocks blocks(row, at.n, p.width);
-    const Drops drops(p, at);
     float largest[2] = {-kInfinity, -kInfinity}, total[2] = {0.0f, 0.0f};
     float out[D / 8][4];
     clear(out);
@@ -72,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 2 : 3) attend_kerne
         float s[N][4];
         clear(s);
         add_rows_by_rows<false>(s, queries.rows(first), keys(t % kStages<S, D>));
-        add_bias<false, S>(p, at, columns, blocks, s, row, column, meet(i0 + first, 16, j0, kKeys, p.width));
+        add_bias<false, S>(p, at, columns, blocks, s, row, column, meet(i0 + first, 16, j0, kKeys, at.n, p.width));
         const Known<kKeys> known(p, at, j0);
         float high[2] = {largest[0], largest[1]};
 #pragma unroll
@@ -83,6 +82,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 2 : 3) attend_kerne
                 high[e / 2] = s[n][e] > high[e / 2] ? s[n][e] : high[e / 2];
             }
         }
+        const Drops drops(p, at);  // here: kept from tile to tile, it would take registers
         float base[2], fade[2], sum[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

@@ -68,11 +68,11 @@ __global__ void __launch_bounds__(kThreads, 1) queries_kernel(const Backward<S> 
         if (kStages<S, D> > 1 && t + 1 < walk) {
             fetch_keys(t + 1);
         }
-        const bool meets = meet(i0 + first, 16, j0, kKeys, p.width);
+        const Meeting meeting = meet(i0 + first, 16, j0, kKeys, at.n, p.width);
         float P[N][4], dP[N][4];
         const Known<kKeys> known(p, at, j0);
         probabilities<false>(
-            p, at, columns, drops, blocks, queries.rows(first), keys(t % kStages<S, D>), P, row, column, meets,
+            p, at, columns, drops, blocks, queries.rows(first), keys(t % kStages<S, D>), P, row, column, meeting,
             [&](int, int e) { return lse[e / 2]; }, [&](int n, int e) { return known.has(n, 2 * (lane % 4) + e % 2); });
         clear(dP);
         add_rows_by_rows<false>(dP, slopes.rows(first), values(t % kStages<S, D>));
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, 1) queries_kernel(const Backward<S> 
                     if constexpr (sizeof(S) == 4) {
                         P[n][e] *= mend[e / 2];
                     }
-                    if (meets && a.partial != nullptr && blocks.has(e / 2, column + 8 * n + e % 2)) {
+                    if (meeting != Meeting::kNone && a.partial != nullptr &&
+                        blocks.has(e / 2, column + 8 * n + e % 2)) {
                         const int64_t i = at.first + row + e / 2 * 8;
                         a.partial[i * p.width + column + 8 * n + e % 2 - blocks.low[e / 2]] = P[n][e];
                     }
@@ -184,8 +185,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 2 : 1) keys_kernel(
         float P[N][4], dP[N][4];
         probabilities<true>(
             p, at, columns, drops, blocks, keys.rows(first), queries(t % kStages<S, D>), P, row, column,
-            meet(j0 + first, 16, i0, kQueries, p.width), [&](int n, int e) { return of_query(a.lse, n, e, kInfinity); },
-            [&](int, int e) { return known[e / 2]; });
+            meet(j0 + first, 16, i0, kQueries, at.n, p.width),
+            [&](int n, int e) { return of_query(a.lse, n, e, kInfinity); }, [&](int, int e) { return known[e / 2]; });
         if constexpr (sizeof(S) == 4) {
 #pragma unroll
             for (int n = 0; n < N; ++n) {

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(32 * kMost, 1) short_kernel(const Backward<S> 
     const int steps = (at.n + kQueries - 1) / kQueries, depth = (at.n + 15) / 16;
     for (int t = 0; t < steps; ++t) {
         const int i0 = t * kQueries, column = i0 + 2 * (lane % 4);
-        const bool meets = meet(first, 16, i0, kQueries, p.width);
+        const Meeting meeting = meet(first, 16, i0, kQueries, at.n, p.width);
         wait_for_copies();
         __syncthreads();
         if (t + 1 < steps) {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(32 * kMost, 1) short_kernel(const Backward<S> 
         if (busy) {
             const Blocks blocks(row, at.n, p.width, begins);
             probabilities<true>(
-                p, at, columns, drops, blocks, keys.rows(first), queries(t), P, row, column, meets,
+                p, at, columns, drops, blocks, keys.rows(first), queries(t), P, row, column, meeting,
                 [&](int n, int e) {
                     const int i = column + 8 * n + e % 2;
                     return i < at.n ? a.lse[at.first + i] : kInfinity;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(32 * kMost, 1) short_kernel(const Backward<S> 
                     const int i = 8 * n + 2 * (lane % 4) + e % 2, r = e / 2;
                     P[n][e] *= dP[n][e] - deltas[i];
                     *gradients.at(i, row + 8 * r) = narrow<S>(P[n][e]);
-                    if (meets && a.partial != nullptr && blocks.has(r, i0 + i)) {
+                    if (meeting != Meeting::kNone && a.partial != nullptr && blocks.has(r, i0 + i)) {
                         a.partial[(at.first + i0 + i) * p.width + row + 8 * r - blocks.low[r]] = P[n][e];
                     }
                 }

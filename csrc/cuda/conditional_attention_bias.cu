@@ -15,8 +15,13 @@ namespace camtl::cuda {
 namespace attention {
 namespace {
 
+// The band's tiles: those of the next head are on their way while one is worked on, where there is room for both.
 template <class S, int D>
-constexpr int64_t kBandBytes = Tile<S, D>::bytes(2 * kOwn + 2 * kPassing<S, D>);
+constexpr int kBandRows = 2 * kOwn + 2 * kPassing<S, D>;
+template <class S, int D>
+constexpr int kBandStages = sizeof(S) * D > 128 ? 1 : 2;
+template <class S, int D>
+constexpr int64_t kBandBytes = Tile<S, D>::bytes(kBandStages<S, D> * kBandRows<S, D>);
 
 // Whether position i has a column c: the last block may be cut off by the end.
 __device__ __forceinline__ bool has_entry(int i, int c, int width, int end) {
@@ -65,39 +70,54 @@ __global__ void __launch_bounds__(kThreads, 1) band_kernel(const Backward<S> a, 
     const int i0 = static_cast<int>(blockIdx.x) / column_tiles * kOwn;
     const int begin = i0 / p.width * p.width;  // where the first row's block does
     const int j0 = (begin / kKeys + static_cast<int>(blockIdx.x) % column_tiles) * kKeys;
-    if (i0 >= p.longest || j0 >= p.longest || !meet(i0, kOwn, j0, kKeys, p.width)) {
+    if (i0 >= p.longest || j0 >= p.longest || meet(i0, kOwn, j0, kKeys, p.longest, p.width) == Meeting::kNone) {
         return;
     }
     const int chunk = static_cast<int>(blockIdx.y), task = static_cast<int>(blockIdx.z);
-    const Tile<S, D> queries{reinterpret_cast<S*>(dynamic_shared())}, slopes = queries.rows(kOwn);
-    const Tile<S, D> keys = slopes.rows(kOwn), values = keys.rows(kKeys);
+    const Tile<S, D> tiles{reinterpret_cast<S*>(dynamic_shared())};
     float* columns = reinterpret_cast<float*>(dynamic_shared() + kBandBytes<S, D>);
+    const int end = end_of_chunk(p, chunks, chunk) * p.heads;
+    // the first head from this one on whose sequence is of the task and reaches the tile
+    const auto seek = [&](int head) {
+        while (head < end) {
+            const Place at(p, head);
+            if (at.task == task && i0 < at.n && j0 < at.n) {
+                return head;
+            }
+            head = (at.b + 1) * p.heads;
+        }
+        return end;
+    };
+    const auto fetch_head = [&](int head, int stage) {
+        const Place at(p, head);
+        const Tile<S, D> to = tiles.rows(stage * kBandRows<S, D>);
+        fetch(to, at.in(a.q), a.q, i0, kOwn, at.n);
+        fetch(to.rows(kOwn), at.in(a.dout), a.dout, i0, kOwn, at.n);
+        fetch(to.rows(2 * kOwn), at.in(a.k), a.k, j0, kKeys, at.n);
+        fetch(to.rows(2 * kOwn + kKeys), at.in(a.v), a.v, j0, kKeys, at.n);
+        copies_end();
+    };
     fetch_columns<S>(p, task, columns);
     const int lane = lane_of_warp(), first = static_cast<int>(threadIdx.x) / 32 * 16;
     const int row = i0 + first + lane / 4, column = j0 + 2 * (lane % 4);
-    const bool meets = meet(i0 + first, 16, j0, kKeys, p.width);
+    const bool idle = meet(i0 + first, 16, j0, kKeys, p.longest, p.width) == Meeting::kNone;
     float G[N][4];
     clear(G);
-    for (int b = chunk * chunks.each; b < end_of_chunk(p, chunks, chunk); ++b) {
-        if (p.sequences.task(b) != task) {
-            continue;
+    int head = seek(chunk * chunks.each * p.heads), stage = 0;
+    if (head < end) {
+        fetch_head(head, 0);
+    }
+    while (head < end) {
+        const Place at(p, head);
+        const int next = seek(head + 1);
+        wait_for_copies();
+        __syncthreads();
+        if (kBandStages<S, D> > 1 && next < end) {
+            fetch_head(next, 1 - stage);
         }
-        for (int h = 0; h < p.heads; ++h) {
-            const Place at(p, b * p.heads + h);
-            if (i0 >= at.n || j0 >= at.n) {
-                break;
-            }
-            __syncthreads();
-            fetch(queries, at.in(a.q), a.q, i0, kOwn, at.n);
-            fetch(slopes, at.in(a.dout), a.dout, i0, kOwn, at.n);
-            fetch(keys, at.in(a.k), a.k, j0, kKeys, at.n);
-            fetch(values, at.in(a.v), a.v, j0, kKeys, at.n);
-            copies_end();
-            wait_for_copies();
-            __syncthreads();
-            if (!meets) {
-                continue;
-            }
+        if (!idle) {
+            const Tile<S, D> queries = tiles.rows(stage * kBandRows<S, D>), slopes = queries.rows(kOwn);
+            const Tile<S, D> keys = slopes.rows(kOwn), values = keys.rows(kKeys);
             const Blocks blocks(row, at.n, p.width);
             const Drops drops(p, at);
             const Known<kKeys> known(p, at, j0);
@@ -112,8 +132,8 @@ __global__ void __launch_bounds__(kThreads, 1) band_kernel(const Backward<S> a, 
             }
             float P[N][4], dP[N][4];
             probabilities<false>(
-                p, at, columns, drops, blocks, queries.rows(first), keys, P, row, column, meets,
-                [&](int, int e) { return lse[e / 2]; },
+                p, at, columns, drops, blocks, queries.rows(first), keys, P, row, column,
+                meet(i0 + first, 16, j0, kKeys, at.n, p.width), [&](int, int e) { return lse[e / 2]; },
                 [&](int n, int e) { return known.has(n, 2 * (lane % 4) + e % 2); });
             clear(dP);
             add_rows_by_rows<false>(dP, slopes.rows(first), values);
@@ -130,6 +150,12 @@ __global__ void __launch_bounds__(kThreads, 1) band_kernel(const Backward<S> a, 
                 }
             }
         }
+        if (kBandStages<S, D> == 1 && next < end) {
+            __syncthreads();
+            fetch_head(next, 0);
+        }
+        head = next;
+        stage = kBandStages<S, D> - 1 - stage;
     }
     const Blocks entries(row, p.longest, p.width);
     float* to = chunks.sums + sums_at(p, chunks, chunk, task);

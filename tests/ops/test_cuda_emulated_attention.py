@@ -101,14 +101,16 @@ def test_rule_of_masks(h, module, dtype, p, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", ["float32 tables", "a table per task", "a wide table per task", "none"])
+@pytest.mark.parametrize(
+    "bias", ["float32 tables", "wide float32 tables", "a table per task", "a wide table per task", "none"]
+)
 @pytest.mark.parametrize("scale", [None, -1.0])
 def test_rule_of_biases(h, module, dtype, bias, scale):
-    w = 70 if "wide" in bias else 9
-    values = inputs(h, 2, 36, 2, 32, 80, w)
-    if bias != "float32 tables":
+    w, S = (75, 72) if "wide" in bias else (9, 36)
+    values = inputs(h, 2, S, 2, 32, 80, w)
+    if "float32" not in bias:
         values = values[:3] + ([h.leaf(T, 80, w)] if bias != "none" else [])
-    wide = (3, 4, 5) if bias == "float32 tables" else ()
+    wide = (3, 4, 5) if "float32" in bias else ()
     call = attention(torch.tensor([2, 2], dtype=torch.int32), scale=scale)
     check(h, call, values, dtype, wide=wide)
 
