@@ -106,7 +106,7 @@ def test_fragments_of_tensor_cores(probes, dtype, code, K):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_tensor_cores_round_towards_zero(probes, sign):
-    """Next to 1, three terms of 1.75 * 2^-24 lose their last two bits each, and their sum what float32 has not."""
+    """Next to 1, three terms of 1.75 * 2^-24 lose two bits each, and their sum what float32 does not hold."""
     a, b, c = torch.zeros(16, 8), torch.ones(8, 8), torch.full((16, 8), torch.nan)
     a[:, 0] = sign
     a[:, 1:4] = sign * 1.75 * 2**-24

@@ -122,6 +122,32 @@ def test_compiled_and_registered():
     assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("S", "w"), [(50, 11), (130, 86), (300, 22), (300, 128)])
+def test_attention_of_any_strides(S, w, dtype):
+    """Rows that 16 bytes fit and rows that they do not: the same bits."""
+    B, H, D, T = 3, 2, 64, 4
+    generator = torch.Generator("cuda").manual_seed(S)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", generator=generator).to(dtype)
+
+    tables, tasks = [randn(S + 3, w), randn(T, w), randn(T, w)], torch.tensor([2, 0, 2], device="cuda")
+    slope = randn(B, H, S, D).transpose(1, 2)
+    views = [
+        randn(B, S, 3, H, D).unbind(2),
+        randn(3, B, H, S, D).transpose(2, 3).unbind(0),
+        randn(S, B, H, 3, D + 3)[..., 1 : D + 1].transpose(0, 1).unbind(3),
+    ]
+    for qkv in views:
+        found = []
+        for change in (lambda x: x, torch.Tensor.contiguous):
+            low = [x.detach().requires_grad_() for x in (*(change(x) for x in qkv), *tables)]
+            out = ops.conditional_attention(*low, tasks, backend="cuda")
+            found.append([out, *torch.autograd.grad(out, low, change(slope))])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("names", [FILM, NORM], ids=["film", "norm"])
 def test_tensors_of_the_cpu_are_refused(names):
     leaves, *rest = inputs_of(names, "padded", torch.bfloat16)

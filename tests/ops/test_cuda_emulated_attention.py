@@ -84,6 +84,12 @@ def test_rule_long(h, module, dtype, S, w):
     check(h, call, inputs(h, 2, S, 1, 32, S, w), dtype)
 
 
+@pytest.mark.parametrize(("S", "Dh"), [(200, 32), (40, 128)])
+def test_rule_where_shared_memory_is_asked_for(h, module, S, Dh):
+    """Tiles of a little less than 48 KB: with the kernel's own variables they are more."""
+    check(h, attention(torch.tensor([1])), inputs(h, 1, S, 1, Dh, S, 34), BF16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["holes", "right padded", "all hidden", "none hidden"])
