@@ -4,9 +4,11 @@
 // one is used. Scores, bias, maxima and sums (of the softmax, corrected from tile to tile) stay in registers: nothing
 // of size S x S leaves the chip. A task's gamma and beta lie in shared memory, the table comes from the first-level
 // cache. Blocks of a head run side by side: its keys come from memory once, then from the second-level cache.
-// Bytes: q, k, v and out once, 4 per row and head for the log-sum-exp. Flops: 4 S^2 Dh per sequence and head.
-// sm_90, bf16, Dh 64: 168 registers, no spills, 45 KB of shared memory (12 warps on a multiprocessor). Times: not
-// measured.
+// Bytes: q, k, v and out once, 4 per row and head for the log-sum-exp. Flops: 4 S^2 Dh per sequence and head. That is
+// S/2 flops a byte in 16 bits, so up to S 256 bytes decide on an H200 (some 180 flops a byte) and an A100 (some 150),
+// as they do without a bias. Above, products do, and mma.sync is expected to trail wgmma on Hopper. bf16, Dh 64, sm_80
+// and sm_90: 168 registers, no spills, 45 KB of shared memory (12 warps on a multiprocessor); float32: 207 and 200 (8
+// warps). Times: not measured.
 #include "attention_launch.cuh"
 
 namespace camtl::cuda {

@@ -8,9 +8,11 @@
 // queries_kernel: a block has 64 queries of a head; keys pass by twice, for delta, then for dq and the bias gradient.
 // keys_kernel: a block has 64 keys; queries pass by, P and dS are found transposed and stay in registers as left
 // operands of the products for dv and dk. No sums across blocks: no atomics, the same bits in every run.
-// Nine products of 2 S^2 Dh flops per sequence and head. Bytes: q, k, v, dout and the gradients once from memory, the
-// passing tiles from the second-level cache; 12 per row and head; 4 w more where w <= 64.
-// sm_90, bf16, Dh 64: 226 and 206 registers, no spills; 54 and 36 KB of shared memory. Times: not measured.
+// Nine products of 2 S^2 Dh flops per sequence and head, where a backward pass that is given delta and adds dq up with
+// atomics has five: products decide, and mma.sync is expected to trail wgmma on Hopper. Bytes: q, k, v, dout and the
+// gradients once from memory, the passing tiles from the second-level cache; 12 per row and head; 4 w more where w
+// <= 64. bf16, Dh 64, sm_80 and sm_90: 253 and 240 registers (queries), 215 and 208 (keys), no spills; 54 and 36 KB of
+// shared memory; 8 warps on a multiprocessor each. Times: not measured.
 #include "attention_gradients.cuh"
 
 namespace camtl::cuda {

@@ -4,9 +4,10 @@
 // dk and dv in registers, and queries pass by in tiles of 32 (or 16). A tile has all it needs for its delta, which the
 // warps add up in their order through shared memory, and its dq is finished at once: dS goes to shared memory, from
 // where each warp takes the product with k for a part of the columns. Five products of 2 S^2 Dh flops per sequence and
-// head. Bytes: q, k, v, dout and the three gradients once, 14 D per row; 12 per row and head; 4 w more where w <= 64.
-// sm_90, bf16, Dh 64, S 128: 214 registers, 65 KB of shared memory (8 warps on a multiprocessor); S 256: 128 registers,
-// 92 KB (16 warps); no spills. Times: not measured.
+// head. Bytes: q, k, v, dout and the three gradients once, 14 Dh per row and head, and 12 beside; 4 w more where w
+// <= 64. That is 5 S / 7 flops a byte: up to S 256 bytes decide, or nearly. mma.sync is expected to trail wgmma on
+// Hopper. bf16, Dh 64, sm_80 and sm_90, S 128: 209 and 217 registers, 65 KB of shared memory (8 warps on a
+// multiprocessor); S 256: 128 registers, 94 KB (16 warps); no spills. Times: not measured.
 #include "attention_gradients.cuh"
 
 namespace camtl::cuda {

@@ -7,7 +7,8 @@
 // come from the first-level cache, once for neighbouring rows of one task; x and the residual pass it by. Rows too long
 // for eight warps' registers compute the rest of h anew, from the second-level cache, in each of the three passes.
 // Bytes per element: x, residual and y once, and 8 per row. Flops: 10, and with dropout 12 integer operations.
-// sm_90, bf16, 16-byte accesses: 114 registers (16 warps on a multiprocessor), no spills. Times: not measured.
+// bf16, 16-byte accesses, sm_80 and sm_90: 111 and 114 registers (16 warps on a multiprocessor), no spills. Times: not
+// measured.
 #include "layer_norm.cuh"
 
 namespace camtl::cuda {

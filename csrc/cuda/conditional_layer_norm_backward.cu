@@ -10,8 +10,8 @@
 // slow way: the sums of further columns are kept in the slot. Stage 2 adds slots up by task, and all of them. No
 // atomics: the same bits every time. Bytes per element: dy, x, residual, dx and, with dropout, dresidual once; 8 per
 // row; and per kind 12 / (rows per part) for the slots. Flops: 18, and with dropout 12 integer operations.
-// sm_90, bf16, 16-byte accesses: 124 registers and 8 KiB of shared memory (16 warps on a multiprocessor), no spills.
-// Times: not measured.
+// bf16, 16-byte accesses, sm_80 and sm_90: 124 registers and 8 KiB of shared memory (16 warps on a multiprocessor), no
+// spills. Times: not measured.
 #include "layer_norm_sums.cuh"
 
 namespace camtl::cuda {

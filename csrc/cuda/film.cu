@@ -11,8 +11,9 @@
 // sums in a slot [2, D] (partials.cuh). Stage 2 adds a task's slots up. No atomics: the same bits every time. Bytes per
 // element: read dy and x, write dx, and 16 / (rows per part) for the slots.
 //
-// sm_90, bf16, 16-byte accesses: 64 registers forward (32 warps on a multiprocessor), 127 and 8 KiB of shared memory
-// back (16 warps); no spills. Times: not measured.
+// bf16, 16-byte accesses, sm_80 and sm_90: 52 and 64 registers forward (32 warps on a multiprocessor), 109 and
+// 127, and 8 KiB of shared memory, back (16 warps); no spills. Two flops per element forward: bytes decide. Times: not
+// measured.
 #include "camtl/film.h"
 
 #include "common.cuh"
