@@ -161,4 +161,8 @@ def test_what_cuda_refuses_is_an_exception_that_names_the_op():
     where = (torch.cuda.device_count(), 0, 0, False)  # no such device
     with pytest.raises(RuntimeError, match=r"film \(cuda\): invalid device ordinal"):
         extension.cuda.film_forward(0, (1, 1, 1, 0, 0, 1), 8, 0, 8, 0, 8, 0, 8, 0, where)
+    shape = (0, (1, 1, 1, 0, 0, 1), 1, 32, 1, 0, False, 0, 0, 0, 0, 0, 1.0, (0.0, 0, 0), 1)
+    nothing = (0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match=r"conditional_attention \(cuda\): invalid device ordinal"):
+        extension.cuda.conditional_attention_forward(shape, (0.0, 0), *[nothing] * 3, 0, 0, where)
     assert torch.ones(2, device="cuda").sum().item() == 2  # the next call starts clean
