@@ -107,5 +107,7 @@ ptxas info    : Used 40 registers, used 1 barriers, 8192 bytes smem"""
     a, b = entries(log)
     assert a == {
         "name": "_Z1aPf", "arch": "80", "stack": "16", "stores": "6", "loads": "24", "registers": "128",
+        "shared": "128",
     }  # fmt: skip
     assert (b["name"], b["arch"], b["loads"], b["registers"]) == ("_Z1bPf", "90", "0", "40")
+    assert b["shared"] == "8192"
