@@ -8,7 +8,7 @@ JOBS   ?= 2
 
 # Nothing here builds CUDA kernels unless asked to (build-gpu is), also where there is a GPU.
 export CAMTL_BUILD_CUDA ?= 0
-CSRC   := $(sort $(shell find csrc tests/build/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
+CSRC   := $(sort $(shell find csrc tests/native/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
 
 # Headers that would tie the kernels to one release of a framework.
 FRAMEWORK := \#[[:space:]]*include[[:space:]]*[<"](torch|ATen|c10|caffe2)[/.]
@@ -80,6 +80,7 @@ else
 	@command -v compute-sanitizer > /dev/null || { echo "SANITIZE=1 needs compute-sanitizer, a part of the CUDA toolkit, on the PATH"; exit 1; }
 	$(WATCH) memcheck $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/ops/test_gpu.py -k test_small_shapes
 	$(WATCH) racecheck $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/ops/test_gpu.py -k test_small_shapes
+	$(WATCH) synccheck $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/ops/test_gpu.py -k test_small_shapes
 endif
 
 SECTION ?= all

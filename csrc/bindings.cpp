@@ -19,33 +19,6 @@ using namespace camtl::bindings;
 
 namespace {
 
-// (address, sequence stride, position stride, head stride)
-camtl::AttentionTensor strided(const py::tuple& t) {
-    return {at<const void>(t[0].cast<Address>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
-}
-
-// (dtype, layout, heads, head_size, length, table, table_per_task, table_rows, width, gamma, beta, mask, scale,
-// dropout, threads)
-camtl::AttentionShape attention_shape(const py::tuple& t) {
-    camtl::AttentionShape s{};
-    s.dtype = static_cast<camtl::DType>(t[0].cast<int>());
-    s.layout = layout(t[1].cast<py::tuple>());
-    s.heads = t[2].cast<int64_t>();
-    s.head_size = t[3].cast<int64_t>();
-    s.length = t[4].cast<int64_t>();
-    s.table = at<const void>(t[5].cast<Address>());
-    s.table_per_task = t[6].cast<bool>();
-    s.table_rows = t[7].cast<int64_t>();
-    s.width = t[8].cast<int64_t>();
-    s.gamma = at<const void>(t[9].cast<Address>());
-    s.beta = at<const void>(t[10].cast<Address>());
-    s.mask = at<const uint8_t>(t[11].cast<Address>());
-    s.scale = t[12].cast<double>();
-    s.dropout = dropout(t[13].cast<py::tuple>());
-    s.threads = t[14].cast<int>();
-    return s;
-}
-
 // clang-format off: it would put each member of a struct on a line of its own
 void bind_film(py::module_& m) {
     m.def("film_forward", [](int dtype, const py::tuple& rows, int64_t D, Address x, int64_t x_stride, Address gamma,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
-import sys
 
 import torch
 from torch import Tensor
@@ -58,4 +58,6 @@ def main(name: str = "minilm", seconds: float = 4.0) -> float:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="minilm", help="a model folder, a hub id, or minilm")
+    main(parser.parse_args().model)

@@ -173,13 +173,11 @@ def _tasks(args: argparse.Namespace) -> list[Any] | None:
 
 
 def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    from camtl.models import resolve_encoder
+    from camtl.models.loading import load_tokenizer, resolve_encoder
 
     try:
-        return AutoTokenizer.from_pretrained(resolve_encoder(name))
-    except (OSError, ValueError):
+        return load_tokenizer(resolve_encoder(name))
+    except UsageError:
         raise UsageError(
             f"--tokenizer {name}: no tokenizer in a folder of that name, and none on a hub that answers"
         ) from None

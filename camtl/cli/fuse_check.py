@@ -123,14 +123,24 @@ def _load(name: str, dtype: Any) -> tuple[Any, str]:
         raise UsageError(f"{name}: is a camtl model, which runs on the fused ops as it is")
     if kind not in accepted:
         raise UsageError(f"{name}: model_type is {kind!r}; accepted: {', '.join(accepted)}")
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     with _quiet():
         try:
-            return AutoModel.from_pretrained(source, dtype=dtype), source
-        except OSError as error:
+            model, found = AutoModel.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except (OSError, SafetensorError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UsageError(f"{name}: no weights could be read ({first})") from error
+    if found["mismatched_keys"]:
+        key, there, wanted = sorted(found["mismatched_keys"])[0]
+        raise UsageError(
+            f"{name}: the weights do not fit config.json, for instance {key} is {list(there)} instead of "
+            f"{list(wanted)} ({len(found['mismatched_keys'])} in all)"
+        )
+    return model, source
 
 
 @contextlib.contextmanager
@@ -160,7 +170,7 @@ def _batches(args: argparse.Namespace, model: Any, folder: str) -> list[dict[str
 
 
 def _texts(args: argparse.Namespace, folder: str, limit: int) -> list[dict[str, Tensor]]:
-    from transformers import AutoTokenizer
+    from camtl.models.loading import load_tokenizer
 
     with open(args.text_file, encoding="utf-8") as file:
         try:
@@ -169,12 +179,7 @@ def _texts(args: argparse.Namespace, folder: str, limit: int) -> list[dict[str, 
             raise UsageError(f"--text_file {args.text_file}: is not UTF-8 text ({error.reason})") from None
     if not texts:
         raise UsageError(f"--text_file {args.text_file}: has no texts")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{args.model}: has no tokenizer that can be read, which --text_file needs"
-        ) from error
+    tokenizer = load_tokenizer(folder)
     starts = range(0, min(len(texts), _BATCHES * args.batch_size), args.batch_size)
     groups = [texts[start : start + args.batch_size] for start in starts]
     options = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}

@@ -129,7 +129,7 @@ class MultiTaskCollator:
         pad_to_multiple_of: round the padded length up to a multiple of this; packed: the number of tokens.
         packed: no padding; the rows one behind the other.
         max_seqlen: of packed batches, what they say of their longest row; None: its length. A fixed number
-            keeps ``torch.compile`` from compiling once more for another longest row.
+            keeps ``torch.compile`` from compiling once more for another longest row; none may be longer.
 
     Called with a list of features (``input_ids``, ``task_id``, optional ``token_type_ids``, ``labels``,
     ``token_marks`` and ``token_labels``), returns int64 ``task_ids`` [B], float32 ``labels`` [B] (a class id
@@ -155,6 +155,8 @@ class MultiTaskCollator:
     ) -> None:
         if isinstance(pad_to_multiple_of, int) and pad_to_multiple_of < 1:
             raise UsageError(f"pad_to_multiple_of must be at least 1, given {pad_to_multiple_of}")
+        if max_seqlen is not None and max_seqlen < 1:
+            raise UsageError(f"max_seqlen must be at least 1, given {max_seqlen}")
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
         self.packed = packed
@@ -198,6 +200,9 @@ class MultiTaskCollator:
         self, rows: list[np.ndarray], features: Sequence[Mapping[str, Any]], fills: Mapping[str, int]
     ) -> dict[str, Any]:
         ends = np.cumsum([0, *map(len, rows)])
+        longest = max(len(row) for row in rows)
+        if self.max_seqlen is not None and longest > self.max_seqlen:  # a GPU would not see it
+            raise UsageError(f"a row has {longest} tokens, more than max_seqlen={self.max_seqlen}")
         size = self._rounded(int(ends[-1]))
         batch = {name: np.full(size, fill, dtype=np.int64) for name, fill in fills.items()}
         for begin, row, feature in zip(ends[:-1], rows, features, strict=True):
@@ -208,7 +213,7 @@ class MultiTaskCollator:
         return {
             **{name: torch.from_numpy(values) for name, values in batch.items()},
             "cu_seqlens": torch.from_numpy(ends.astype(np.int32)),
-            "max_seqlen": self.max_seqlen or max(len(row) for row in rows),
+            "max_seqlen": self.max_seqlen or longest,
         }
 
 

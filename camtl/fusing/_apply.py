@@ -11,7 +11,7 @@ from torch import nn
 
 from camtl.errors import UsageError
 from camtl.fusing._attention import NAME
-from camtl.fusing._family import is_fused, names, original_class
+from camtl.fusing._family import family_of, is_fused, names, original_class
 from camtl.fusing._report import Candidate, FuseReport, candidates, report
 from camtl.fusing._state import Fusion, Mark, Options, SwappedConfig, drop_mark, put_mark
 
@@ -65,7 +65,7 @@ def fuse(
     _tell([c for c in wanted if c.reason], strict)
     unfuse(model)
     fusion = Fusion(options)
-    configs: dict[int, Any] = {}
+    attentions: set[nn.Module] = set()
     for c in wanted:
         if c.reason:
             continue
@@ -73,9 +73,8 @@ def fuse(
         if c.swap is not None:
             c.module.__class__ = c.swap.fused
         else:
-            config = c.module.__dict__["config"]
-            configs[id(config)] = config
-    for config in configs.values():
+            attentions.add(c.module)
+    for config in _configs(model, attentions):
         _give(model, config, fusion.swap_config(config, NAME))
     return model
 
@@ -113,6 +112,21 @@ def fuse_report(model: nn.Module) -> FuseReport:
     """
     _candidates("fuse_report", model)
     return report(model)
+
+
+def _configs(model: nn.Module, attentions: set[nn.Module]) -> list[Any]:
+    """The configs that ``attentions`` read, and those by which the models around them make their masks.
+
+    Mostly they are one object; an ``EncoderDecoderModel`` gives its two models configs of their own.
+    """
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if config is None or family_of(original_class(module)) is None:
+            continue
+        if any(child in attentions for child in module.modules()):
+            found[id(config)] = config
+    return list(found.values())
 
 
 def _candidates(function: str, model: Any) -> list[Candidate]:

@@ -88,11 +88,12 @@ def attention_config(encoder: nn.Module) -> Any:
 
 def _can_wait(mask: Tensor) -> bool:
     """Whether the host may read a value of ``mask``: not under compile, tracing or graph capture."""
-    if mask.is_cuda:
-        return not (
-            torch.compiler.is_compiling()
-            or torch._C._is_tracing()
-            or type(mask) is not Tensor
-            or torch.cuda.is_current_stream_capturing()
-        )
-    return readable(mask) or (mask.device.type != "cpu" and not torch.compiler.is_compiling())
+    if mask.device.type == "cpu":
+        return readable(mask)
+    return not (
+        mask.is_meta
+        or torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or type(mask) is not Tensor
+        or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    )

@@ -22,6 +22,7 @@ from camtl.models.layers import Batch, CaMtlLayer
 from camtl.models.loading import LoadingMixin
 from camtl.models.outputs import CaMtlModelOutput
 from camtl.nn import ConditionalAlignment, ConditionalBottleneck, FiLMLinear, HyperNetwork
+from camtl.ops import _checks
 from camtl.ops.reference import sequence_of_row
 
 
@@ -333,6 +334,12 @@ class CaMtlModel(CaMtlPreTrainedModel):
                     "attention_mask has no place in packed input (cu_seqlens): leave padding out instead"
                 )
             length = limit if max_seqlen is None else max_seqlen
+            # before the embeddings, which would look up positions that do not exist
+            batch = _checks.cu_seqlens(type(self).__name__, cu_seqlens, source, length, "max_seqlen={}")
+            if lead[0] < 1 or batch < 1:
+                raise ValueError(
+                    f"packed input_ids must have 1 or more tokens and sequences, got {lead[0]} and {batch}"
+                )
         else:
             if len(lead) != 2:
                 raise ValueError(

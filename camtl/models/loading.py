@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -50,6 +51,21 @@ def resolve_encoder(name: str) -> str:
         if (path / "config.json").is_file():
             return str(path)
     return hub_id
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or hub model; :class:`UsageError` if there is none or no way to it."""
+    from transformers import AutoTokenizer
+
+    missing = f"{name}: no tokenizer could be loaded there; give it tokenizer.json or vocab.txt"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{missing} ({_first_line(error)})") from error
+    # where its files are missing, transformers makes one up to which every word is unknown
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise UsageError(missing)
+    return tokenizer
 
 
 def read_encoder_config(name: str, **hub_arguments: Any) -> dict[str, Any]:
@@ -161,7 +177,7 @@ class LoadingMixin:
                     ignore_mismatched_sizes=True,  # `_check_loaded` names them
                     **kwargs,
                 )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UsageError(f"{name}: no weights could be read ({_first_line(error)})") from error
         _check_loaded(model, name, info, own, shapes_must_fit)
         if not own and config.top_layer_init == "random":

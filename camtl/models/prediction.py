@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from camtl.errors import UsageError
+from camtl.models.loading import load_tokenizer
 from camtl.models.packing import packs
 from camtl.tasks.types import Outputs
 from camtl.tasks.view import TaskView
@@ -29,19 +30,12 @@ class PredictionMixin:
     def tokenizer(self) -> Any:
         """The tokenizer: the one that was set, else loaded from where the model came from."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
             name = self.config.name_or_path
             if not name:
                 raise UsageError(
                     "this model has no tokenizer: set model.tokenizer, or load the model from a folder"
                 )
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(name)
-            except (OSError, ValueError) as error:
-                raise UsageError(
-                    f"{name}: no tokenizer could be loaded there; set model.tokenizer"
-                ) from error
+            self._tokenizer = load_tokenizer(name)
         return self._tokenizer
 
     @tokenizer.setter

@@ -80,19 +80,22 @@ class Cuda:
     ) -> tuple[Tensor]:
         """``(y,)``."""
         assert extension is not None
-        flat, tasks = t.rows(x), t.aligned(task_ids.contiguous())
+        flat, step = t.walked(x)
+        tasks = t.aligned(task_ids.contiguous())
         scale, shift = t.tables(x, gamma, beta)
         starts = t.starts(cu_seqlens)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = t.like(x)
         with t.on_device(x):
             extension.cuda.film_forward(
                 t.code(x),
                 t.layout(x, tasks, starts, gamma.shape[0]),
                 x.shape[-1],
                 t.address(flat),
-                t.stride(flat),
+                step,
                 t.address(scale),
+                t.task_stride(scale),
                 t.address(shift),
+                t.task_stride(shift),
                 t.address(y),
                 t.launch(x, scale, tasks),
             )
@@ -112,16 +115,17 @@ class Cuda:
         assert extension is not None
         (dy,) = grads
         assert dy is not None
-        flat_dy, flat, tasks = t.rows(dy), t.rows(x), t.aligned(task_ids.contiguous())
+        (flat_dy, step_dy), (flat, step) = t.walked(dy), t.walked(x)
+        tasks = t.aligned(task_ids.contiguous())
         scale, _ = t.tables(x, gamma, beta)
         starts = t.starts(cu_seqlens)
         rows = t.layout(x, tasks, starts, gamma.shape[0])
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
-        dgamma = torch.empty_like(scale) if needs[1] else None
-        dbeta = torch.empty_like(scale) if needs[2] else None
+        dx = t.like(x) if needs[0] else None
+        dgamma = t.like(scale) if needs[1] else None
+        dbeta = t.like(scale) if needs[2] else None
         workspace = None
         if needs[1] or needs[2]:
-            size = extension.cuda.film_backward_workspace(rows, x.shape[-1])
+            size = extension.cuda.film_backward_workspace(rows, x.shape[-1], x.get_device())
             workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         with t.on_device(x):
             extension.cuda.film_backward(
@@ -129,10 +133,11 @@ class Cuda:
                 rows,
                 x.shape[-1],
                 t.address(flat_dy),
-                t.stride(flat_dy),
+                step_dy,
                 t.address(flat),
-                t.stride(flat),
+                step,
                 t.address(scale),
+                t.task_stride(scale),
                 t.address(dx),
                 t.address(dgamma),
                 t.address(dbeta),

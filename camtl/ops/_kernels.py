@@ -68,8 +68,15 @@ def register_cuda(fused: FusedOp, kernel: Kernel, supports: Supports = cuda_reas
     )
 
 
-# Triton reads TRITON_INTERPRET when kernels are defined; setting it later changes nothing.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and "triton" not in sys.modules
+def _interpreted() -> bool:
+    """Whether kernels are interpreted: Triton reads TRITON_INTERPRET at its import and at every kernel."""
+    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return False
+    own = sys.modules.get("triton.language.standard")  # transformers, for one, imports Triton
+    return own is None or type(own.sum).__name__ == "InterpretedFunction"
+
+
+INTERPRETED = _interpreted()
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 

@@ -12,7 +12,13 @@ from camtl.ops import _checks, reference
 from camtl.ops._backends import Call, dispatch, register
 from camtl.ops._dropout import draw_seed
 from camtl.ops._fused import FusedOp
-from camtl.ops._kernels import register_cpu, register_triton, triton_reasons
+from camtl.ops._kernels import (
+    cuda_reasons,
+    register_cpu,
+    register_cuda,
+    register_triton,
+    triton_reasons,
+)
 
 _OP = "conditional_attention"
 
@@ -188,6 +194,18 @@ def _triton_reasons(call: Call) -> list[str]:
     return triton_reasons(call) + ([f"needs Dh <= 128; got {features}"] if features > 128 else [])
 
 
+_CUDA_WIDTH = 2048  # columns of a task's bias that the CUDA kernels keep in shared memory, on every GPU
+
+
+def _cuda_reasons(call: Call) -> list[str]:
+    reasons, features, table = cuda_reasons(call), call["q"].shape[-1], call["table"]
+    if features not in (32, 64, 128):
+        reasons.append(f"needs Dh of 32, 64 or 128; got {features}")
+    if table is not None and table.shape[-1] > _CUDA_WIDTH:
+        reasons.append(f"needs blocks of w <= {_CUDA_WIDTH}; got {table.shape[-1]}")
+    return reasons
+
+
 _fused = FusedOp(
     _OP,
     inputs="Tensor q, Tensor? k, Tensor? v, Tensor? table, Tensor? gamma, Tensor? beta, Tensor? task_ids, "
@@ -202,3 +220,4 @@ _fused = FusedOp(
 register(_OP, "reference", reference.conditional_attention)
 register_cpu(_fused, native)
 register_triton(_fused, _triton_reasons)
+register_cuda(_fused, native.Cuda, _cuda_reasons)

@@ -13,7 +13,7 @@ from camtl.ops import _checks, reference
 from camtl.ops._backends import dispatch, register
 from camtl.ops._dropout import draw_seed
 from camtl.ops._fused import FusedOp
-from camtl.ops._kernels import register_cpu, register_triton
+from camtl.ops._kernels import register_cpu, register_cuda, register_triton
 
 _OP = "conditional_layer_norm"
 
@@ -142,3 +142,4 @@ _fused = FusedOp(
 register(_OP, "reference", reference.conditional_layer_norm)
 register_cpu(_fused, native)
 register_triton(_fused)
+register_cuda(_fused, native.Cuda)

@@ -12,6 +12,11 @@
 #include "camtl/common.h"
 #include "camtl/launch.h"
 
+// What holds of a kernel's addresses; tested where the same source runs on the CPU (tests/native).
+#ifndef CAMTL_DEVICE_CHECK
+#define CAMTL_DEVICE_CHECK(condition)
+#endif
+
 namespace camtl::cuda {
 
 using bf16 = __nv_bfloat16;
@@ -37,6 +42,14 @@ __device__ __forceinline__ f16 narrow<f16>(float v) {
     return __float2half_rn(v);
 }
 
+template <class To, class From>
+__device__ __forceinline__ To bits_as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "as many bits");
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
 // V neighbours, moved in as few accesses as their size allows (16 bytes each at most).
 template <class S, int V>
 struct alignas(sizeof(S) * V > 16 ? 16 : sizeof(S) * V) Pack {
@@ -45,12 +58,56 @@ struct alignas(sizeof(S) * V > 16 ? 16 : sizeof(S) * V) Pack {
 
 template <int V, class S>
 __device__ __forceinline__ Pack<S, V> load(const S* p) {
+    CAMTL_DEVICE_CHECK(reinterpret_cast<uintptr_t>(p) % alignof(Pack<S, V>) == 0);
     return *reinterpret_cast<const Pack<S, V>*>(p);
+}
+
+// The same for what no thread reads again: it shall not push tables out of the caches.
+template <int V, class S>
+__device__ __forceinline__ Pack<S, V> load_once(const S* p) {
+    constexpr int kBytes = sizeof(S) * V;
+    if constexpr (kBytes == 16) {
+        return bits_as<Pack<S, V>>(__ldcs(reinterpret_cast<const uint4*>(p)));
+    } else if constexpr (kBytes == 4) {
+        return bits_as<Pack<S, V>>(__ldcs(reinterpret_cast<const unsigned*>(p)));
+    } else {
+        static_assert(kBytes == 2, "packs of x are 16, 4 or 2 bytes");
+        return bits_as<Pack<S, V>>(__ldcs(reinterpret_cast<const unsigned short*>(p)));
+    }
 }
 
 template <int V, class S>
 __device__ __forceinline__ void store(S* p, const Pack<S, V>& values) {
+    CAMTL_DEVICE_CHECK(reinterpret_cast<uintptr_t>(p) % alignof(Pack<S, V>) == 0);
     *reinterpret_cast<Pack<S, V>*>(p) = values;
+}
+
+// Shared memory whose size the launch sets, 16-byte aligned.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+#ifdef CAMTL_CUDA_EMULATION
+    return emulation::dynamic_shared;
+#else
+    extern __shared__ uint4 camtl_dynamic_shared[];
+    return reinterpret_cast<unsigned char*>(camtl_dynamic_shared);
+#endif
+}
+
+// A barrier of its own (1 to 15; 0 is that of __syncthreads) for `threads` of the block's, whole warps.
+__device__ __forceinline__ void named_barrier(int number, int threads) {
+#ifdef CAMTL_CUDA_EMULATION
+    emulation::named_barrier(static_cast<unsigned>(number), static_cast<unsigned>(threads));
+#else
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+#endif
+}
+
+// The sum of a warp's values in each of its lanes, the same bits in all of them.
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        v += __shfl_xor_sync(0xffffffffu, v, lanes);
+    }
+    return v;
 }
 
 constexpr int kNoSequence = -1;  // rows beyond the last sequence
@@ -79,10 +136,16 @@ struct Sequences {
         if (b == kNoSequence) {
             return kNoSequence;
         }
+        if (task_ids == nullptr) {  // no tables: one task
+            return 0;
+        }
         const int64_t id =
             narrow_ids ? static_cast<const int32_t*>(task_ids)[b] : static_cast<const int64_t*>(task_ids)[b];
         return id < 0 || id >= tasks ? kBadTask : static_cast<int>(id);
     }
+
+    // Where rows of no sequence begin.
+    __device__ __forceinline__ int stop() const { return cu_seqlens == nullptr ? rows : clamp(cu_seqlens[batch]); }
 
     // The sequence that owns a row: where it is packed the last one that starts at or before it.
     __device__ __forceinline__ int owner(int row) const {
@@ -150,6 +213,19 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block
     config.blockDim = block;
     config.stream = static_cast<cudaStream_t>(where.stream);
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), op);
+}
+
+inline int multiprocessors(int device, const char* op) {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op);
+    return count;
+}
+
+// Whether packs of V elements of S never straddle: their address, and every row's.
+template <class S>
+bool aligned(int V, const void* p, int64_t stride) {
+    return p == nullptr ||
+           (reinterpret_cast<uintptr_t>(p) % (sizeof(S) * V > 16 ? 16 : sizeof(S) * V) == 0 && stride % V == 0);
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -4,64 +4,63 @@
 // flight before the first is used; gamma and beta stay in registers as long as the task does. Bytes per element: read
 // x, write y; the tables come from L1 and L2.
 //
-// Backward, stage 1. Rows are cut into tiles of 16 to 128 (from the number of rows alone); a thread owns V columns of a
-// tile, writes dx, and sums dy * x and dy in registers until the sequence ends; then it stores them into a slot of the
-// workspace [slots, 2, D]. The part of sequence b in tile i has slot i + b: walking down the rows, either i or b rises
-// from part to part. Where many short sequences share a tile (slots > tiles * tasks) the slots are (tile, task) and a
-// thread adds to them. Stage 2 adds a task's slots in an order fixed by the layout, eight lanes to a column, in double.
-// No atomics: the same bits every time. Bytes per element: read dy and x, write dx, and 16 / (rows per part) for the
-// slots.
+// Backward, stage 1. A persistent grid of two blocks per multiprocessor (more than 256 packs of columns: for each 256),
+// each with a run of neighbouring rows, which it goes through sequence by sequence. A thread owns V columns of each
+// blockDim.y-th row, kBackwardRows at a time, all loads before the first use; it writes dx, and sums dy * x and dy in
+// registers until the sequence ends. Then the block adds its threads of the same columns up and leaves float32 partial
+// sums in a slot [2, D] (partials.cuh). Stage 2 adds a task's slots up. No atomics: the same bits every time. Bytes per
+// element: read dy and x, write dx, and 16 / (rows per part) for the slots.
+//
+// bf16, 16-byte accesses, sm_80 and sm_90: 52 and 64 registers forward (32 warps on a multiprocessor), 109 and
+// 127, and 8 KiB of shared memory, back (16 warps); no spills. Two flops per element forward: bytes decide. Times: not
+// measured.
 #include "camtl/film.h"
 
 #include "common.cuh"
+#include "partials.cuh"
 
 namespace camtl::cuda {
 namespace {
 
 constexpr char kOp[] = "film";
 constexpr int kRows = 4;  // loads in flight per operand
+constexpr int kBackwardRows = 3;  // in the backward pass: 4 do not fit into 128 registers
 constexpr int kThreads = 256;  // of a block, at most
-constexpr int kColumns = 32;  // of a block in stage 2
-constexpr int kLanes = 8;  // threads that share a column there
+constexpr int kBlocks = 2;  // of a multiprocessor, in the backward pass
+constexpr int kLeastRows = 16;  // of a run there, or the slots' bytes would count
 
-// Rows of a tile of the backward pass, a power of two.
-int tile_rows(int64_t rows) {
-    int size = 16;
-    while (size < 128 && size * int64_t{1024} < rows) {
-        size *= 2;
-    }
-    return size;
-}
-
-struct Slots {
-    int tile;  // rows
-    int tiles;
-    bool per_task;  // slot (tile, task) instead of tile + sequence
-
-    __host__ __device__ int64_t count(int batch, int tasks) const {
-        return per_task ? int64_t{tiles} * tasks : int64_t{tiles} + batch;
-    }
-    __host__ __device__ int64_t slot(int i, int b, int task, int tasks) const {
-        return per_task ? int64_t{i} * tasks + task : int64_t{i} + b;
-    }
+// A block's rows in the backward pass.
+struct Runs {
+    int each;
+    int count;
+    Slots slots;
 };
 
-Slots slots_of(const Layout& l) {
-    const int size = tile_rows(l.rows);
-    const int64_t tiles = divide_up(l.rows, size);
-    return {size, static_cast<int>(tiles), tiles + l.batch > tiles * l.tasks};
+Runs runs(const Layout& l, int device) {
+    const int64_t most = int64_t{kBlocks} * multiprocessors(device, kOp);
+    int64_t each = divide_up(l.rows, most);
+    each = each < kLeastRows ? kLeastRows : each;
+    const int64_t count = divide_up(l.rows, each);
+    return {as_int(each, kOp, "rows"), static_cast<int>(count), slots(count, l, kOp)};
 }
 
-// Table values of one task; 1 + gamma in the place of gamma.
+template <class P>
+struct Tables {
+    const P* gamma;
+    int64_t gamma_stride;  // elements from task to task
+    const P* beta;
+    int64_t beta_stride;
+};
+
+// Table values of one task; 1 + gamma in the place of gamma. Without beta the shift is of no use.
 template <class P, int V>
-__device__ __forceinline__ void read_tables(const P* gamma, const P* beta, int task, int64_t features, int64_t column,
-                                            float (&scale)[V], float (&shift)[V]) {
+__device__ __forceinline__ void read_tables(const Tables<P>& tables, int task, int64_t column, float (&scale)[V],
+                                            float (&shift)[V]) {
     if (task >= 0) {
-        const int64_t at = task * features + column;
-        const Pack<P, V> g = load<V>(gamma + at);
+        const Pack<P, V> g = load<V>(tables.gamma + task * tables.gamma_stride + column);
         Pack<P, V> b = g;
-        if (beta != nullptr) {
-            b = load<V>(beta + at);
+        if (tables.beta != nullptr) {
+            b = load<V>(tables.beta + task * tables.beta_stride + column);
         }
 #pragma unroll
         for (int i = 0; i < V; ++i) {
@@ -80,7 +79,7 @@ __device__ __forceinline__ void read_tables(const P* gamma, const P* beta, int t
 template <class S, class P, int V>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(Sequences sequences, int packs, int64_t features, const S* __restrict__ x, int64_t x_stride,
-                   const P* __restrict__ gamma, const P* __restrict__ beta, S* __restrict__ y) {
+                   Tables<P> tables, S* __restrict__ y) {
     const int pack = blockIdx.y * blockDim.x + threadIdx.x;
     const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
     if (pack >= packs || group * kRows >= sequences.rows) {
@@ -92,13 +91,13 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         if (row + r < sequences.rows) {
-            values[r] = load<V>(x + (row + r) * x_stride + column);
+            values[r] = load_once<V>(x + (row + r) * x_stride + column);
         }
     }
     Walk walk(sequences, row);
     int task = sequences.task(walk.sequence);
     float scale[V], shift[V];
-    read_tables<P, V>(gamma, beta, task, features, column, scale, shift);
+    read_tables<P, V>(tables, task, column, scale, shift);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         if (row + r < sequences.rows) {
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
                 const int next = sequences.task(walk.sequence);
                 if (next != task) {
                     task = next;
-                    read_tables<P, V>(gamma, beta, task, features, column, scale, shift);
+                    read_tables<P, V>(tables, task, column, scale, shift);
                 }
             }
 #pragma unroll
@@ -119,146 +118,152 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// The sums of a thread's columns into a slot.
+// The sums of a column's threads into the slot, or added to what is there; they begin anew. The whole block must come.
 template <int V>
-__device__ __forceinline__ void flush(float* slot, int64_t features, bool add, float (&products)[V], float (&sums)[V]) {
+__device__ __forceinline__ void flush(float* to, bool active, bool add, float (&sums)[V], float* shared) {
+    const int threads = static_cast<int>(blockDim.x * blockDim.y);
+    if (blockDim.y > 1) {
+        __syncthreads();  // what was there has been read
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-        float (&from)[V] = which == 0 ? products : sums;
-        float* to = slot + which * features;
-        Pack<float, V> values;
+        for (int i = 0; i < V; ++i) {
+            shared[i * threads + threadIdx.y * blockDim.x + threadIdx.x] = sums[i];
+        }
+        __syncthreads();
+    }
+    if (active && threadIdx.y == 0) {
+        Pack<float, V> out{};
         if (add) {
-            values = load<V>(to);
+            out = load<V>(to);
         }
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-            values.v[i] = add ? values.v[i] + from[i] : from[i];
-            from[i] = 0.0f;
+            float sum = sums[i];
+            for (unsigned other = 1; other < blockDim.y; ++other) {
+                sum += shared[i * threads + other * blockDim.x + threadIdx.x];
+            }
+            out.v[i] += sum;
         }
-        store<V>(to, values);
+        store<V>(to, out);
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+        sums[i] = 0.0f;
     }
 }
 
 template <class S, class P, int V>
-__global__ void __launch_bounds__(kThreads, 2)
-    backward_kernel(Sequences sequences, Slots slots, int packs, int64_t features, const S* __restrict__ dy,
-                    int64_t dy_stride, const S* __restrict__ x, int64_t x_stride, const P* __restrict__ gamma,
-                    S* __restrict__ dx, float* __restrict__ workspace) {
-    const int pack = blockIdx.y * blockDim.x + threadIdx.x;
-    const int64_t tile = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-    if (pack >= packs || tile >= slots.tiles) {
-        return;
-    }
-    const int64_t column = static_cast<int64_t>(pack) * V;
-    const int begin = static_cast<int>(tile) * slots.tile;
-    const int end = sequences.rows - begin < slots.tile ? sequences.rows : begin + slots.tile;
-    const bool tables = workspace != nullptr;
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    backward_kernel(Sequences sequences, Runs runs, int packs, int64_t features, const S* __restrict__ dy,
+                    int64_t dy_stride, const S* __restrict__ x, int64_t x_stride, Tables<P> tables, S* __restrict__ dx,
+                    float* __restrict__ partials, int* __restrict__ slot_tasks) {
+    __shared__ float shared[kThreads * V];
+    const int pack = blockIdx.y * blockDim.x + threadIdx.x, run = blockIdx.x;
+    const int self = static_cast<int>(threadIdx.y), step = static_cast<int>(blockDim.y);
+    const bool active = pack < packs, per_task = runs.slots.per_run > 0;
+    const int64_t column = int64_t{pack} * V;
+    const int begin = run * runs.each;
+    const int end = sequences.rows - begin < runs.each ? sequences.rows : begin + runs.each;
     float products[V] = {}, sums[V] = {};
-    if (tables && slots.per_task) {
+    const auto put_sums = [&](float* slot, bool add) {
+        flush<V>(slot + column, active, add, products, shared);
+        flush<V>(slot + features + column, active, add, sums, shared);
+    };
+    if (partials != nullptr && per_task) {
         for (int t = 0; t < sequences.tasks; ++t) {
-            flush<V>(workspace + slots.slot(tile, 0, t, sequences.tasks) * 2 * features + column, features, false,
-                     products, sums);
+            put_sums(partials + runs.slots.at(run, 0, t) * 2 * features, false);
         }
     }
-    Walk walk(sequences, begin);
-    int sequence = walk.sequence, task = sequences.task(sequence);
-    float scale[V], unused[V];
-    read_tables<P, V>(gamma, nullptr, task, features, column, scale, unused);
-    for (int row = begin; row < end; row += kRows) {
-        Pack<S, V> gradient[kRows], input[kRows];
+    float* open = nullptr;  // the slot of the sums in registers
+    const auto close = [&]() {
+        if (open != nullptr) {
+            put_sums(open, per_task);
+        } else {  // of a task that is none
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            if (row + r < end) {
-                gradient[r] = load<V>(dy + (row + r) * dy_stride + column);
-                if (x != nullptr) {
-                    input[r] = load<V>(x + (row + r) * x_stride + column);
-                }
+            for (int i = 0; i < V; ++i) {
+                products[i] = sums[i] = 0.0f;
             }
         }
+    };
+    const Met met(sequences, begin, end, run == 0, run + 1 == runs.count);
+    for (int s = met.first; s <= met.last; ++s) {
+        const int low = sequences.begin(s) < begin ? begin : sequences.begin(s);
+        const int high = sequences.end(s) < end ? sequences.end(s) : end, task = sequences.task(s);
+        if (slot_tasks != nullptr && blockIdx.y == 0 && threadIdx.x == 0 && self == 0) {
+            slot_tasks[int64_t{run} + s] = slot_task(sequences, s, begin, end);
+        }
+        if (low >= high) {
+            continue;
+        }
+        float* slot =
+            partials != nullptr && task >= 0 ? partials + runs.slots.at(run, s, task) * 2 * features : nullptr;
+        if (open != slot) {  // (run, task): sums of neighbours with one task go on
+            close();
+            open = slot;
+        }
+        float scale[V], unused[V];
+        if (active) {
+            read_tables<P, V>(tables, task, column, scale, unused);
+        }
+        for (int top = low + self; active && top < high; top += step * kBackwardRows) {
+            Pack<S, V> gradient[kBackwardRows], input[kBackwardRows];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            if (row + r < end) {
-                if (walk.moves_on(row + r)) {
-                    if (tables && task >= 0) {
-                        flush<V>(workspace + slots.slot(tile, sequence, task, sequences.tasks) * 2 * features + column,
-                                 features, slots.per_task, products, sums);
+            for (int r = 0; r < kBackwardRows; ++r) {
+                const int row = top + r * step;
+                if (row < high) {
+                    gradient[r] = load_once<V>(dy + row * dy_stride + column);
+                    if (x != nullptr) {
+                        input[r] = load_once<V>(x + row * x_stride + column);
                     }
-                    sequence = walk.sequence;
-                    task = sequences.task(sequence);
-                    read_tables<P, V>(gamma, nullptr, task, features, column, scale, unused);
                 }
-                if (task >= 0) {
+            }
+#pragma unroll
+            for (int r = 0; r < kBackwardRows; ++r) {
+                const int row = top + r * step;
+                if (row < high) {
 #pragma unroll
                     for (int i = 0; i < V; ++i) {
                         const float g = widen(gradient[r].v[i]);
                         sums[i] += g;
                         products[i] = x != nullptr ? fmaf(g, widen(input[r].v[i]), products[i]) : 0.0f;
+                        gradient[r].v[i] = narrow<S>(g * scale[i]);
                     }
-                }
-                if (dx != nullptr) {
-#pragma unroll
-                    for (int i = 0; i < V; ++i) {
-                        const float g = widen(gradient[r].v[i]) * scale[i];
-                        gradient[r].v[i] = narrow<S>(task == kNoSequence ? 0.0f : g);
+                    if (dx != nullptr) {
+                        store<V>(dx + row * features + column, gradient[r]);
                     }
-                    store<V>(dx + (row + r) * features + column, gradient[r]);
                 }
             }
         }
     }
-    if (tables && task >= 0) {
-        flush<V>(workspace + slots.slot(tile, sequence, task, sequences.tasks) * 2 * features + column, features,
-                 slots.per_task, products, sums);
+    close();
+    // rows of no sequence
+    const int stop = sequences.stop();
+    for (int row = (stop > begin ? stop : begin) + self; active && dx != nullptr && row < end; row += step) {
+        Pack<S, V> zero;
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            zero.v[i] = narrow<S>(0.0f);
+        }
+        store<V>(dx + row * features + column, zero);
     }
 }
 
-// Block (kColumns, kLanes): kColumns columns of one task's dgamma (blockIdx.y 0) or dbeta (1).
+// Block (kSlotColumns, kSlotLanes): columns of dgamma (blockIdx.z 0) or dbeta (1) of task blockIdx.y.
 template <class P>
-__global__ void __launch_bounds__(kColumns* kLanes)
-    tables_kernel(Sequences sequences, Slots slots, int64_t features, int column_blocks,
-                  const float* __restrict__ workspace, P* __restrict__ dgamma, P* __restrict__ dbeta) {
-    __shared__ double parts[kLanes][kColumns];
-    const int task = blockIdx.x / column_blocks, lane = threadIdx.y;
-    const int64_t column = static_cast<int64_t>(blockIdx.x % column_blocks) * kColumns + threadIdx.x;
-    P* out = blockIdx.y == 0 ? dgamma : dbeta;
-    const float* from = workspace + blockIdx.y * features + column;
-    double sum = 0.0;
-    if (out != nullptr && column < features) {
-        if (slots.per_task) {
-#pragma unroll 4
-            for (int i = lane; i < slots.tiles; i += kLanes) {
-                sum += from[slots.slot(i, 0, task, sequences.tasks) * 2 * features];
-            }
-        } else {
-            for (int b = 0; b < sequences.batch; ++b) {
-                if (sequences.task(b) == task) {
-                    const int begin = sequences.begin(b), end = sequences.end(b);
-                    if (begin < end) {
-                        const int first = begin / slots.tile, last = (end - 1) / slots.tile;
-                        // parts go to the lanes by their slot's number, which shares out short sequences too
-#pragma unroll 4
-                        for (int i = first + ((lane - first - b) & (kLanes - 1)); i <= last; i += kLanes) {
-                            sum += from[slots.slot(i, b, task, sequences.tasks) * 2 * features];
-                        }
-                    }
-                }
-            }
-        }
+__global__ void __launch_bounds__(kSlotColumns* kSlotLanes)
+    tables_kernel(Slots slots, int64_t features, const float* __restrict__ partials, const int* __restrict__ slot_tasks,
+                  P* __restrict__ dgamma, P* __restrict__ dbeta) {
+    P* out = blockIdx.z == 0 ? dgamma : dbeta;
+    if (out == nullptr) {
+        return;  // the whole block
     }
-    parts[lane][threadIdx.x] = sum;
-    __syncthreads();
-    if (lane == 0 && out != nullptr && column < features) {
-        for (int other = 1; other < kLanes; ++other) {
-            sum += parts[other][threadIdx.x];
-        }
+    const int task = blockIdx.y;
+    const int64_t column = int64_t{blockIdx.x} * kSlotColumns + threadIdx.x;
+    const bool inside = column < features;
+    const double sum = sum_slots(slots, slot_tasks, task, inside, partials + blockIdx.z * features + column,
+                                 2 * features, [](int) { return 1.0; });
+    if (threadIdx.y == 0 && inside) {
         out[task * features + column] = narrow<P>(static_cast<float>(sum));
     }
-}
-
-// Whether packs of V elements of S never straddle: their address, and every row's.
-template <class S>
-bool aligned(int V, const void* p, int64_t stride) {
-    return p == nullptr || (reinterpret_cast<uintptr_t>(p) % (sizeof(S) * V) == 0 && stride % V == 0);
 }
 
 // f(S{}, P{}, integral constant V): storage type, table type, and columns of a thread.
@@ -294,78 +299,86 @@ Shape shape(int packs, int64_t groups) {
 }
 
 template <class S, class P, int V>
-void run_forward(const FilmForward& a, const Sequences& sequences, int D, const Launch& where) {
+void run_forward(const FilmForward& a, const Sequences& sequences, int D, const Tables<P>& tables,
+                 const Launch& where) {
     const Shape s = shape(D / V, divide_up(a.layout.rows, kRows));
     launch(kOp, forward_kernel<S, P, V>, s.grid, s.block, where, sequences, D / V, a.features,
-           static_cast<const S*>(a.x), a.x_stride, static_cast<const P*>(a.gamma), static_cast<const P*>(a.beta),
-           static_cast<S*>(a.y));
+           static_cast<const S*>(a.x), a.x_stride, tables, static_cast<S*>(a.y));
 }
 
 template <class S, class P, int V>
-void run_backward(const FilmBackward& a, const Sequences& sequences, const Slots& slots, int D, float* workspace,
-                  const Launch& where) {
-    const Shape s = shape(D / V, slots.tiles);
-    launch(kOp, backward_kernel<S, P, V>, s.grid, s.block, where, sequences, slots, D / V, a.features,
-           static_cast<const S*>(a.dy), a.dy_stride, static_cast<const S*>(a.dgamma == nullptr ? nullptr : a.x),
-           a.x_stride, static_cast<const P*>(a.gamma), static_cast<S*>(a.dx), workspace);
+void run_backward(const FilmBackward& a, const Sequences& sequences, const Runs& runs, int D, const Tables<P>& tables,
+                  float* partials, int* tasks, const Launch& where) {
+    const Shape s = shape(D / V, 1);
+    launch(kOp, backward_kernel<S, P, V>, dim3(static_cast<unsigned>(runs.count), s.grid.y), s.block, where, sequences,
+           runs, D / V, a.features, static_cast<const S*>(a.dy), a.dy_stride,
+           static_cast<const S*>(a.dgamma == nullptr ? nullptr : a.x), a.x_stride, tables, static_cast<S*>(a.dx),
+           partials, tasks);
 }
 
 }  // namespace
 
-void film_forward(const FilmForward& a, const Launch& where) {
+void film_forward(const FilmForward& a, const FilmTables& strides, const Launch& where) {
     const Sequences rows = sequences(a.layout, where, kOp);
     const int D = as_int(a.features, kOp, "features");
-    check(cudaSetDevice(where.device), kOp);
-    if (rows.rows == 0 || D == 0) {
-        return;
-    }
     with_types(a.dtype, where.tables, [&](auto storage, auto table) {
         using S = decltype(storage);
         using P = decltype(table);
+        check(cudaSetDevice(where.device), kOp);
+        if (rows.rows == 0 || D == 0) {
+            return;
+        }
+        const Tables<P> tables{static_cast<const P*>(a.gamma), strides.gamma_stride, static_cast<const P*>(a.beta),
+                               strides.beta_stride};
         const auto fits = [&](int V) {
-            return D % V == 0 && aligned<S>(V, a.x, a.x_stride) && aligned<S>(V, a.y, D) && aligned<P>(V, a.gamma, D) &&
-                   aligned<P>(V, a.beta, D);
+            return D % V == 0 && aligned<S>(V, a.x, a.x_stride) && aligned<S>(V, a.y, D) &&
+                   aligned<P>(V, a.gamma, strides.gamma_stride) && aligned<P>(V, a.beta, strides.beta_stride);
         };
         constexpr int kWide = 16 / sizeof(S), kNarrow = 4 / sizeof(S);
-        fits(kWide)     ? run_forward<S, P, kWide>(a, rows, D, where)
-        : fits(kNarrow) ? run_forward<S, P, kNarrow>(a, rows, D, where)
-                        : run_forward<S, P, 1>(a, rows, D, where);
+        fits(kWide)     ? run_forward<S, P, kWide>(a, rows, D, tables, where)
+        : fits(kNarrow) ? run_forward<S, P, kNarrow>(a, rows, D, tables, where)
+                        : run_forward<S, P, 1>(a, rows, D, tables, where);
     });
 }
 
-int64_t film_backward_workspace(const FilmBackward& a) {
-    if (a.dgamma == nullptr && a.dbeta == nullptr) {
-        return 0;
-    }
-    const Slots slots = slots_of(a.layout);
-    return slots.count(static_cast<int>(a.layout.batch), static_cast<int>(a.layout.tasks)) * 2 * a.features *
-           static_cast<int64_t>(sizeof(float));
+int64_t film_backward_workspace(const FilmBackward& a, int device) {
+    return a.dgamma == nullptr && a.dbeta == nullptr ? 0
+                                                     : slots_workspace(runs(a.layout, device).slots, 2 * a.features);
 }
 
-void film_backward(const FilmBackward& a, void* workspace, const Launch& where) {
+void film_backward(const FilmBackward& a, const FilmTables& strides, void* workspace, const Launch& where) {
     const Sequences rows = sequences(a.layout, where, kOp);
-    const Slots slots = slots_of(a.layout);
     const int D = as_int(a.features, kOp, "features");
-    const bool tables = a.dgamma != nullptr || a.dbeta != nullptr;
-    float* partials = tables ? static_cast<float*>(workspace) : nullptr;
-    check(cudaSetDevice(where.device), kOp);
+    const bool summed = a.dgamma != nullptr || a.dbeta != nullptr;
     with_types(a.dtype, where.tables, [&](auto storage, auto table) {
         using S = decltype(storage);
         using P = decltype(table);
-        if (rows.rows > 0 && D > 0) {
-            const auto fits = [&](int V) {
-                return D % V == 0 && aligned<S>(V, a.dy, a.dy_stride) && aligned<S>(V, a.x, a.x_stride) &&
-                       aligned<S>(V, a.dx, D) && aligned<P>(V, a.gamma, D) && aligned<float>(V, partials, D);
-            };
-            constexpr int kWide = 16 / sizeof(S), kNarrow = 4 / sizeof(S);
-            fits(kWide)     ? run_backward<S, P, kWide>(a, rows, slots, D, partials, where)
-            : fits(kNarrow) ? run_backward<S, P, kNarrow>(a, rows, slots, D, partials, where)
-                            : run_backward<S, P, 1>(a, rows, slots, D, partials, where);
+        check(cudaSetDevice(where.device), kOp);
+        if (D == 0) {
+            return;
         }
-        const int64_t column_blocks = divide_up(D, kColumns), blocks = column_blocks * rows.tasks;
-        if (tables && blocks > 0) {
-            launch(kOp, tables_kernel<P>, dim3(static_cast<unsigned>(as_int(blocks, kOp, "columns of tables")), 2),
-                   dim3(kColumns, kLanes), where, rows, slots, a.features, static_cast<int>(column_blocks), partials,
+        const Runs r = runs(a.layout, where.device);
+        float* partials = summed ? static_cast<float*>(workspace) : nullptr;
+        int* tasks = slot_tasks(r.slots, 2 * a.features, partials);
+        const Tables<P> tables{static_cast<const P*>(a.gamma), strides.gamma_stride, nullptr, 0};
+        const auto fits = [&](int V) {
+            return D % V == 0 && aligned<S>(V, a.dy, a.dy_stride) && aligned<S>(V, a.x, a.x_stride) &&
+                   aligned<S>(V, a.dx, D) && aligned<P>(V, a.gamma, strides.gamma_stride) &&
+                   aligned<float>(V, partials, D);
+        };
+        constexpr int kWide = 16 / sizeof(S), kNarrow = 4 / sizeof(S);
+        if (rows.rows > 0) {
+            fits(kWide)     ? run_backward<S, P, kWide>(a, rows, r, D, tables, partials, tasks, where)
+            : fits(kNarrow) ? run_backward<S, P, kNarrow>(a, rows, r, D, tables, partials, tasks, where)
+                            : run_backward<S, P, 1>(a, rows, r, D, tables, partials, tasks, where);
+        }
+        if (summed && rows.tasks > 0) {
+            if (rows.tasks > 65535) {
+                throw std::invalid_argument("film (cuda): more than 65535 tasks");
+            }
+            launch(kOp, tables_kernel<P>,
+                   dim3(static_cast<unsigned>(divide_up(D, kSlotColumns)), static_cast<unsigned>(rows.tasks), 2),
+                   dim3(kSlotColumns, kSlotLanes), where, r.slots, a.features, partials, tasks,
                    static_cast<P*>(a.dgamma), static_cast<P*>(a.dbeta));
         }
     });

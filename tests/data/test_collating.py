@@ -81,6 +81,16 @@ def test_padding_to_a_multiple():
         MultiTaskCollator(0, pad_to_multiple_of=0)
 
 
+def test_no_row_is_longer_than_batches_say():
+    collate = MultiTaskCollator(0, packed=True, max_seqlen=3)
+    rows = [{"input_ids": [1] * length, "task_id": 0} for length in (3, 4)]
+    assert collate(rows[:1])["max_seqlen"] == 3
+    with pytest.raises(UsageError, match="a row has 4 tokens, more than max_seqlen=3"):
+        collate(rows)
+    with pytest.raises(UsageError, match="max_seqlen must be at least 1, given 0"):
+        MultiTaskCollator(0, packed=True, max_seqlen=0)
+
+
 def test_plain_lists_without_types_or_labels():
     batch = MultiTaskCollator(0)(
         [{"input_ids": [1, 2], "task_id": 3}, {"input_ids": [4], "task_id": 0, "labels": 1}]

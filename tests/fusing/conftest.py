@@ -11,8 +11,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-
-import camtl.ops  # noqa: F401 - before transformers, which imports Triton: then it is not interpreted  # isort: skip
 import transformers
 from torch import Tensor, nn
 from transformers.models.bert import modeling_bert

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,14 @@ def test_wrong_commands(folder: Path, tmp_path: Path) -> None:
     assert "no weights could be read" in error(tmp_path / "empty")
     for lengths in ("0", "129", "x", ""):
         assert "must be whole numbers from 1 to 128" in error(folder, "--lengths", lengths)
+    make_model("bert").save_pretrained(tmp_path / "bare")
+    (tmp_path / "some.txt").write_text("a text\n")
+    assert "no tokenizer could be loaded" in error(tmp_path / "bare", "--text_file", tmp_path / "some.txt")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    (tmp_path / "bare" / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    assert "do not fit config.json, for instance encoder.layer.0" in error(tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").write_bytes(b"no tensors")
+    assert "no weights could be read" in error(tmp_path / "bare")
     (tmp_path / "none.txt").write_text("\n \n")
     assert "has no texts" in error(folder, "--text_file", tmp_path / "none.txt")
     assert "give one of them" in error(folder, "--text_file", tmp_path / "none.txt", "--lengths", "3")

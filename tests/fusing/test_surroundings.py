@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertTokenizerFast, Trainer, TrainingArguments, pipeline
+from transformers import BertTokenizerFast, EncoderDecoderModel, Trainer, TrainingArguments, pipeline
 
 import camtl
 from camtl.fusing._family import is_fused
@@ -293,13 +293,34 @@ def test_export() -> None:
 def test_devices() -> None:
     fused = camtl.fuse(make_model("bert"), packed=True)
     moved = copy.deepcopy(fused).to("meta", torch.bfloat16)
-    assert moved(torch.zeros(2, 5, dtype=torch.int64, device="meta"))[0].shape == (2, 5, 32)
+    ids = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    assert moved(ids)[0].shape == (2, 5, 32)
+    assert moved(ids, attention_mask=torch.ones_like(ids))[0].shape == (2, 5, 32)  # nothing to be read there
     moved = moved.float().to_empty(device="cpu")
     moved.load_state_dict(fused.state_dict(), strict=False)
     for name, buffer in fused.named_buffers():
         moved.get_buffer(name).copy_(buffer)
     batch = make_batch()
     assert torch.equal(moved(**batch)[0], fused(**batch)[0])
+
+
+def test_the_encoder_of_an_encoder_decoder_is_packed() -> None:
+    """Its model and its layers have configs of their own: both name the attention."""
+    decoder = make_model("bert", "LMHeadModel", is_decoder=True, add_cross_attention=True)
+    model = EncoderDecoderModel(encoder=make_model("bert"), decoder=decoder).eval()
+    batch = {**make_batch(), "decoder_input_ids": torch.arange(20).view(4, 5)}
+    expected = model(**batch).logits
+    own = model.encoder.config
+    rows = []
+    camtl.fuse(model.encoder, packed=True, strict=True)
+    hook = model.encoder.encoder.layer[0].register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].shape)
+    )
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+    assert rows == [(1, 21, 32)]
+    hook.remove()
+    assert camtl.unfuse(model).encoder.config is own
+    assert torch.equal(model(**batch).logits, expected)
 
 
 # -- models made later

@@ -262,6 +262,14 @@ def test_damaged_model_folder(make_model, tmp_path):
         CaMtlForMultiTask.from_pretrained(tmp_path)
 
 
+def test_weights_that_are_cut_off(make_model, tmp_path):
+    make_model(tasks=TASKS).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UsageError, match="no weights could be read"):
+        CaMtlForMultiTask.from_pretrained(tmp_path)
+
+
 def test_model_folders_hold_safetensors_only(make_model, tmp_path):
     model = make_model(tasks=TASKS)
     model.config.save_pretrained(tmp_path)

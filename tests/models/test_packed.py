@@ -183,3 +183,27 @@ def test_from_pretrained_keeps_the_switch(make_model, tmp_path):
     make_model(packed=False).save_pretrained(tmp_path)
     assert CaMtlForMultiTask.from_pretrained(tmp_path).config.packed is False
     assert CaMtlForMultiTask.from_pretrained(tmp_path, packed=True).config.packed is True
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "words"),
+    [
+        ([5, 9, 14], ["5 .. 14", "from 0"]),
+        ([0, 9, 15], ["0 .. 15", "N = 14"]),
+        ([0, 9, 4], ["9 before 4", "non-decreasing"]),
+        ([0, 4, 14], ["length 10", "max_seqlen=9"]),
+        ([0], ["1 or more", "14 and 0"]),
+    ],
+)
+def test_wrong_offsets_are_refused_before_anything_is_looked_up(make_model, cu_seqlens, words):
+    batch = {"input_ids": torch.arange(1, 15), "cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32)}
+    batch["task_ids"] = torch.zeros(len(cu_seqlens) - 1).long()
+    with pytest.raises(ValueError, match=r"CaMtlModel: cu_seqlens|packed input_ids") as error:
+        make_model()(**batch, max_seqlen=9)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_batch_without_a_token_is_refused(make_model):
+    ids, cu_seqlens = torch.zeros(0).long(), torch.tensor([0, 0], dtype=torch.int32)
+    with pytest.raises(ValueError, match="1 or more tokens and sequences, got 0 and 1"):
+        make_model()(ids, cu_seqlens=cu_seqlens, max_seqlen=1, task_ids=torch.tensor([0]))

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertTokenizer
+from transformers import AutoConfig, BertTokenizer
 
 from camtl.errors import UsageError
 from camtl.models import CaMtlForMultiTask
+from camtl.models.loading import load_tokenizer
 
 WORDS = [
     "[PAD]",
@@ -110,6 +111,14 @@ def test_tokenizer_is_found_beside_the_model(model, tokenizer, tmp_path):
         back.predict("the cat", task="mid")
     tokenizer.save_pretrained(folder)
     assert back.predict(TEXTS, task="mid") == model.predict(TEXTS, task="mid")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "electra", "distilbert"])
+def test_a_tokenizer_without_words_is_none(family, tmp_path):
+    """What transformers makes up for a folder that has no tokenizer would call every word unknown."""
+    AutoConfig.for_model(family, vocab_size=60).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"no tokenizer could be loaded.*vocab\.txt"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_predicting_keeps_the_tables_and_every_mode(model, monkeypatch):

@@ -68,7 +68,8 @@ def test_a_step_equals_reference(make_model, make_batch, preset):
 
 
 def test_a_compiled_step_in_one_graph(make_model, make_batch):
-    model = make_model(num_hidden_layers=1, preset="ca-mtl-base").train()
+    # dropout counts rows: eager "auto" would leave padding out, a compiled model does not
+    model = make_model(num_hidden_layers=1, preset="ca-mtl-base", packed=False).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     same(step(model, compiled, make_batch()), step(model, model, make_batch()), rtol=1e-4, atol=1e-5)
 

@@ -163,7 +163,7 @@ def test_two_hundred_calls_give_the_same_bits(run):
 
 
 @pytest.mark.parametrize("w", [22, 256, 512])
-@pytest.mark.parametrize("on", [pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("on", [pytest.param(on, marks=pytest.mark.gpu) for on in ("triton", "cuda")])
 def test_attention_memory_grows_with_tokens(on, w):
     """Forward and backward at S = 512: no S x S per head, and twice the tokens take twice the memory."""
     reason = why_not("cuda", "conditional_attention", on)
@@ -258,8 +258,8 @@ def test_float64_is_refused_with_the_reason(run):
 
 @pytest.mark.parametrize("run", runs("cuda", ONE_EACH, True), indirect=True)
 def test_the_fastest_is_the_choice(run, launches):
-    """The first of cuda and triton that has kernels for the op and can run here."""
-    can = [on for on in ("cuda", "triton") if on in places("cuda", run.op)]
+    """The first of triton and cuda that has kernels for the op and can run here."""
+    can = [on for on in ("triton", "cuda") if on in places("cuda", run.op)]
     can = [on for on in can if not _backends._REGISTRY[run.op][on].unavailable()]
     run.step(backend=None)
     assert launches.forward[-1][1][-1] == can[0]
@@ -284,7 +284,7 @@ LENGTHS = {
     "film": lambda d, B, S: film(d, B, S, 64, T=3),
     "conditional_layer_norm": lambda d, B, S: norm(d, B, S, 64, T=3),
     "bias_gelu": lambda d, B, S: gelu(d, B * S, 64),
-    "conditional_attention": lambda d, B, S: attention(d, B, S, 2, 16, 7, T=3, L=40, p=0.1),
+    "conditional_attention": lambda d, B, S: attention(d, B, S, 2, 32, 7, T=3, L=40, p=0.1),
     "conditional_bottleneck": lambda d, B, S: bottleneck(d, B, S, 48, T=3, K=16),
     "multitask_loss": lambda d, B, S: loss(d, B * S, 64, [2, 3, 1]),
     "select_uncertain": lambda d, B, S: select(d, B * S, 4, 5),

@@ -28,6 +28,7 @@ struct Dropout {
     double p = 0.0;  // 0: none
     int64_t seed = 0;
     int64_t offset = 0;
+    const int64_t* on_device = nullptr;  // CUDA: seed and offset lie there, not here: the host does not wait for them
 };
 
 }  // namespace camtl

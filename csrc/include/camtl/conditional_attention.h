@@ -4,6 +4,7 @@
 #pragma once
 
 #include "camtl/common.h"
+#include "camtl/launch.h"
 
 namespace camtl {
 
@@ -57,5 +58,16 @@ namespace cpu {
 void conditional_attention_forward(const ConditionalAttentionForward&);
 void conditional_attention_backward(const ConditionalAttentionBackward&);
 }  // namespace cpu
+
+// f32, bf16 and f16; Dh 32, 64 or 128. Tables and their gradients are contiguous and of type launch.tables, not acc:
+// a conversion would be one more launch. lse is in base 2. `threads` plays no part; sequences longer than `length` are
+// cut off.
+namespace cuda {
+void conditional_attention_forward(const ConditionalAttentionForward&, const Launch&);
+// Bytes of device memory that conditional_attention_backward uses meanwhile, 16-byte aligned. `bias_gradients`: that of
+// the table, of gamma or of beta is wanted.
+int64_t conditional_attention_backward_workspace(const AttentionShape&, bool bias_gradients, int device);
+void conditional_attention_backward(const ConditionalAttentionBackward&, void* workspace, const Launch&);
+}  // namespace cuda
 
 }  // namespace camtl

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "camtl/common.h"
+#include "camtl/launch.h"
 
 namespace camtl {
 
@@ -61,5 +62,27 @@ namespace cpu {
 void conditional_layer_norm_forward(const ConditionalLayerNormForward&);
 void conditional_layer_norm_backward(const ConditionalLayerNormBackward&);
 }  // namespace cpu
+
+// f32, bf16 and f16, with fewer than 2^31 rows and features. Parameters, tables and their gradients are each f32 or of
+// x's type, as NormTables says: conversions would be launches of their own. dropout.on_device has the seed; `threads`
+// plays no part.
+namespace cuda {
+
+struct NormTables {
+    // Which of weight, bias, gamma, beta, bias_shift, x_bias (bits 0 to 5), and so their gradients, are of x's type.
+    unsigned narrow;
+    // Elements from task to task. Those of gradients lie D apart.
+    int64_t gamma_stride;
+    int64_t beta_stride;
+    int64_t bias_shift_stride;
+};
+
+void conditional_layer_norm_forward(const ConditionalLayerNormForward&, const NormTables&, const Launch&);
+// Bytes of device memory that the backward pass uses meanwhile, 16-byte aligned; 0 if no parameter wants a gradient.
+int64_t conditional_layer_norm_backward_workspace(const ConditionalLayerNormBackward&, int device);
+void conditional_layer_norm_backward(const ConditionalLayerNormBackward&, const NormTables&, void* workspace,
+                                     const Launch&);
+
+}  // namespace cuda
 
 }  // namespace camtl

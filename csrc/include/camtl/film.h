@@ -41,10 +41,16 @@ void film_backward(const FilmBackward&);
 // f32, bf16 and f16, with fewer than 2^31 rows and features. Tables and their gradients are of type launch.tables, not
 // acc: a conversion would be one more launch. `threads` plays no part.
 namespace cuda {
-void film_forward(const FilmForward&, const Launch& launch);
+
+struct FilmTables {
+    int64_t gamma_stride;  // elements from task to task; those of gradients lie D apart
+    int64_t beta_stride;
+};
+
+void film_forward(const FilmForward&, const FilmTables&, const Launch&);
 // Bytes of device memory that film_backward uses meanwhile, 16-byte aligned; 0 if no table wants a gradient.
-int64_t film_backward_workspace(const FilmBackward&);
-void film_backward(const FilmBackward&, void* workspace, const Launch& launch);
+int64_t film_backward_workspace(const FilmBackward&, int device);
+void film_backward(const FilmBackward&, const FilmTables&, void* workspace, const Launch&);
 }  // namespace cuda
 
 }  // namespace camtl
