@@ -100,6 +100,10 @@ class CaMtlConfig(PreTrainedConfig):
     What the padding's rows of hidden states hold differs: zeros without padding. Packed batches
     (``cu_seqlens``) are packed whatever it says.
 
+    ``base_encoder`` says which checkpoint the encoder started from (``name``, ``family``, ...; None: none, or
+    not known); ``from_pretrained`` fills it, and ``save_pretrained(adapter_only=True)`` leaves its weights
+    out.
+
     Raises :class:`camtl.errors.UsageError` that names the field, the given value and the accepted
     ones.
     """
@@ -130,6 +134,7 @@ class CaMtlConfig(PreTrainedConfig):
         task_info: Sequence[Mapping[str, Any]] | None = None,
         packed: str | bool = "auto",
         family: str = "bert",
+        base_encoder: Mapping[str, Any] | None = None,
         attention_bias: str = _UNSET,
         attention_bias_layers: str = _UNSET,
         attention_bias_init: str = _UNSET,
@@ -154,6 +159,7 @@ class CaMtlConfig(PreTrainedConfig):
             setattr(self, name, PRESETS[preset][name] if value is _UNSET else value)
         self.preset = preset
         self.family = family
+        self.base_encoder = None if base_encoder is None else dict(base_encoder)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -357,4 +363,6 @@ class CaMtlConfig(PreTrainedConfig):
             "pad_token_id",
         ):
             diff[name] = getattr(self, name)
+        if self.base_encoder is None:
+            diff.pop("base_encoder", None)
         return diff

@@ -18,6 +18,7 @@ class PredictionMixin:
 
     config: Any
     _tokenizer: Any = None
+    _tokenizer_source: str | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -25,7 +26,7 @@ class PredictionMixin:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            name = self.config.name_or_path
+            name = self._tokenizer_source or self.config.name_or_path
             if not name:
                 raise UsageError(
                     "this model has no tokenizer: set model.tokenizer, or load the model from a folder"
