@@ -10,6 +10,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from camtl.errors import UsageError
+from camtl.models.label_fields import LabelFieldsMixin
 from camtl.models.task_info import normalise_tasks
 
 _BASE: dict[str, Any] = {
@@ -65,7 +66,7 @@ def default_block_width(max_seq_length: int, hidden_size: int) -> int:
     return math.ceil(max_seq_length / max(1, hidden_size // max_seq_length))
 
 
-class CaMtlConfig(PreTrainedConfig):
+class CaMtlConfig(LabelFieldsMixin, PreTrainedConfig):
     """Configuration of :class:`CaMtlModel` and :class:`CaMtlForMultiTask`.
 
     The encoder's fields are BERT's, whatever its ``family`` (``bert``, ``roberta``, ``xlm-roberta``,

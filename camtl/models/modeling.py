@@ -15,11 +15,14 @@ from camtl.models.encoder import CaMtlModel, CaMtlPreTrainedModel
 from camtl.models.outputs import CaMtlOutput
 from camtl.models.prediction import PredictionMixin
 from camtl.models.reference_format import ReferenceFormatMixin
+from camtl.models.single_task import SingleTaskMixin
 from camtl.models.task_life import TaskLifeMixin
 from camtl.nn import StackedHeads
 
 
-class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, CaMtlPreTrainedModel):
+class CaMtlForMultiTask(
+    TaskLifeMixin, SingleTaskMixin, PredictionMixin, ReferenceFormatMixin, CaMtlPreTrainedModel
+):
     """One encoder for all tasks, one row of task embedding and one slice of the stacked head matrix per task.
 
     Task ids are the positions in ``config.tasks``.
@@ -111,6 +114,8 @@ class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, Ca
             attention_mask: ``[B, S]``, 1 or True marks a real token; None: all are real.
             token_type_ids: like ``input_ids``; None: all zero.
             task_ids: int64 ``[B]``, positions in ``config.tasks``; None: the active task, or the only one.
+                With None and an active task the model answers as one of that task alone: logits have its
+                outputs only, those of a regression in its labels' own scale.
             labels: ``[B]``, float or int (class numbers may be float); ``[B, C_max]`` for multi-label tasks.
             cu_seqlens: int32 ``[B+1]``, offsets of the packed sequences.
             max_seqlen: the longest packed sequence as a host int; None: ``max_seq_length``.
@@ -127,6 +132,7 @@ class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, Ca
             ValueError: input longer than ``max_seq_length``, missing task ids, contradicting arguments.
         """
         source = input_ids if input_ids is not None else inputs_embeds
+        alone = self.active_task if task_ids is None else None
         if task_ids is None and source is not None:
             sequences = source.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             task_ids = torch.full(
@@ -158,6 +164,8 @@ class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, Ca
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+        if alone is not None:
+            result.logits = self.own_logits(result.logits, alone)
         return (
             result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
         )
