@@ -15,7 +15,7 @@ from .conftest import SIZES
 TASKS = [
     {"name": "zeta", "num_labels": 2, "labels": ["no", "yes"]},
     {"name": "stars", "num_labels": 1, "label_mean": 3.0, "label_std": 2.0},
-    {"name": "tags", "num_labels": 3, "loss": "bce", "type": "multilabel", "labels": ["x", "y", "z"]},
+    {"name": "tags", "num_labels": 3, "loss": "bce", "type": "multi_label", "labels": ["x", "y", "z"]},
     {"name": "mid", "num_labels": 4},
 ]
 OFF = {"attention_bias": "none", "alignment": "none", "norm_condition": "none", "bottleneck": "none"}
