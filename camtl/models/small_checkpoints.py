@@ -28,6 +28,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "voc
 # Where inside a hub repository the base was found; without them the same name may mean other weights.
 _PLACE = ("revision", "subfolder")
 _PREFIX = "bert."
+_HINT = "name the right one: base_model=... (camtl convert RUN --base_model NAME writes a whole model)"
 
 
 class SmallCheckpoint(NamedTuple):
@@ -140,7 +141,7 @@ def _load_base(base: Mapping[str, Any], wanted_by: str, **hub_arguments: Any) ->
             return read_base(name, str(base["family"]), **hub_arguments, **place)
         except UsageError as error:
             errors.append(str(error))
-    raise UsageError(f"{wanted_by}: its base encoder cannot be used ({errors[0]}); name it: base_model=...")
+    raise UsageError(f"{wanted_by}: its base encoder cannot be used ({errors[0]}); {_HINT}")
 
 
 # -- saving --------------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ def load_small(
     if found != wanted:
         raise UsageError(
             f"{name}: was made for the base encoder {entry['name']!r} with weights {_short(wanted)}, but "
-            f"{base['name']!r} has weights {_short(found)}; name the right one: base_model=..."
+            f"{base['name']!r} has weights {_short(found)}; {_HINT}"
         )
     config.base_encoder = entry | ({} if base_model is None else {"name": base_model})
     dtype = next((t.dtype for key, t in changed.items() if t.is_floating_point()), None)
