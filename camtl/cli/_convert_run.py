@@ -111,7 +111,7 @@ def _write_bert(model: CaMtlForMultiTask, task: str, tokenizer: Any, output_dir:
             # Hugging Face's code cuts texts at this length, as this model did
             tokenizer.model_max_length = model.config.max_seq_length
             tokenizer.save_pretrained(str(staging))
-        labels = ", ".join(bert.config.id2label.values())
+        labels = ", ".join(model.config.labels_of(task).values())
         return f"BertForSequenceClassification of the task {task} ({labels})"
 
     return _whole_or_not_at_all(output_dir, write)

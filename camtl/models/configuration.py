@@ -161,6 +161,8 @@ class CaMtlConfig(LabelFieldsMixin, PreTrainedConfig):
         self.preset = preset
         self.family = family
         self.base_encoder = None if base_encoder is None else dict(base_encoder)
+        if self.base_encoder is not None:
+            self.base_encoder.pop("sha256", None)  # of a small checkpoint's file, not of models made from it
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers

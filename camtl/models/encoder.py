@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from camtl.models.initialisation import initialise
 from camtl.models.layers import Batch, CaMtlLayer
 from camtl.models.loading import LoadingMixin
 from camtl.models.outputs import CaMtlModelOutput
-from camtl.models.small_checkpoints import save_small
+from camtl.models.small_checkpoints import ADAPTER_FILE, save_small
 from camtl.nn import ConditionalAlignment, ConditionalBottleneck, FiLMLinear, HyperNetwork
 from camtl.ops.reference import sequence_of_row
 
@@ -72,6 +73,7 @@ class CaMtlPreTrainedModel(LoadingMixin, FreezingMixin, PreTrainedModel):
         if unknown:
             raise UsageError(f"save_pretrained: {', '.join(unknown)}: no such keyword")
         super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / ADAPTER_FILE).unlink(missing_ok=True)  # of a model that was there before
 
     def _save_small(
         self,

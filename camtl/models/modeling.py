@@ -164,7 +164,7 @@ class CaMtlForMultiTask(
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
-        if alone is not None:
+        if alone is not None and result.logits is not None:
             result.logits = self.own_logits(result.logits, alone)
         return (
             result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()

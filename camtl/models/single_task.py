@@ -102,10 +102,12 @@ class SingleTaskMixin:
             problem_type=self.config.problem_type_of(name),
         )
         parameter = self.heads.weight
-        model = BertForSequenceClassification(config).to(device=parameter.device, dtype=parameter.dtype)
+        model: Any = BertForSequenceClassification(config)
+        model.to(device=parameter.device, dtype=parameter.dtype)
         state = {**self.state_dict(), **_fold(self, index, name)}
         model.load_state_dict({key: state[key] for key in model.state_dict()})
-        return model.eval()
+        model.eval()
+        return model
 
 
 def _check_foldable(model: Any, name: str) -> None:

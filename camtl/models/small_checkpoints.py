@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -80,7 +81,7 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -101,7 +102,9 @@ def read_base(name: str, family: str, **hub_arguments: Any) -> dict[str, Tensor]
     found = family_of(stored, name).model_type
     if found != family:
         raise UsageError(f"{name}: is an encoder of family {found!r}, but {family!r} is needed")
-    off = dict.fromkeys(("attention_bias", "alignment", "norm_condition", "bottleneck"), "none")
+    off: dict[str, Any] = dict.fromkeys(
+        ("attention_bias", "alignment", "norm_condition", "bottleneck"), "none"
+    )
     level = logging.getLogger("camtl.models.loading").level
     # a missing pooler is no news here, and the caller's random numbers are not ours to draw
     logging.getLogger("camtl.models.loading").setLevel(logging.ERROR)
@@ -118,18 +121,17 @@ def read_base(name: str, family: str, **hub_arguments: Any) -> dict[str, Tensor]
 
 def _base_of(config: Any, base_model: str | None) -> dict[str, Any]:
     """The ``base_encoder`` entry to use: the config's, or that of another name; UsageError if neither is."""
-    stored = config.base_encoder
     if base_model is not None:
         from camtl.models.loading import ALIASES, resolve_encoder
 
         hub_id = ALIASES[base_model][-1] if base_model in ALIASES else None
         return describe_base(base_model, resolve_encoder(base_model), hub_id, config.family)
-    if stored is None:
+    if config.base_encoder is None:
         raise UsageError(
             "adapter_only: the base encoder of this model is not known, as it was not made from one by "
             "from_pretrained; name it: base_model='bert-base-uncased', or save the whole model"
         )
-    return dict(stored)
+    return dict(config.base_encoder)
 
 
 def _load_base(base: Mapping[str, Any], wanted_by: str, **hub_arguments: Any) -> dict[str, Tensor]:
@@ -290,6 +292,7 @@ def load_small(
             f"{name}: was made for the base encoder {entry['name']!r} with weights {_short(wanted)}, but "
             f"{base['name']!r} has weights {_short(found)}; {_HINT}"
         )
+    config = copy.copy(config)  # a caller's own stays as it was
     config.base_encoder = entry | ({} if base_model is None else {"name": base_model})
     dtype = next((t.dtype for key, t in changed.items() if t.is_floating_point()), None)
     state = {key: value.to(dtype) for key, value in weights.items()} | changed

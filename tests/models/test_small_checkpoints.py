@@ -10,7 +10,7 @@ from transformers import BertForMaskedLM, BertTokenizer, ElectraConfig, ElectraM
 
 from camtl._io import read_json
 from camtl.errors import UsageError
-from camtl.models import CaMtlForMultiTask, CaMtlModel
+from camtl.models import CaMtlConfig, CaMtlForMultiTask, CaMtlModel
 from camtl.models.freezing import is_conditional
 from camtl.models.small_checkpoints import ADAPTER_FILE, read_base, save_small, weights_hash
 
@@ -193,6 +193,41 @@ def test_tasks_come_and_go_after_loading(base, tmp_path):
     with pytest.raises(UsageError, match="this model's tasks are"):
         CaMtlForMultiTask.from_pretrained(tmp_path / "small", tasks=["z"])
     assert CaMtlForMultiTask.from_pretrained(tmp_path / "small", freeze=None).config.freeze is None
+
+
+def test_a_larger_vocabulary(base, tmp_path):
+    model = make(base, freeze="0-1")
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path / "small", adapter_only=True)
+    back = CaMtlForMultiTask.from_pretrained(tmp_path / "small")
+    assert back.config.vocab_size == 70
+    assert_same_weights(model, back)
+
+
+def test_one_folder_for_one_after_the_other(base, tmp_path):
+    folder = tmp_path / "model"
+    small = make(base)
+    small.save_pretrained(folder, adapter_only=True)
+    # a model of the same config is another model, and its folder is whole
+    whole = train(CaMtlForMultiTask(CaMtlConfig.from_pretrained(folder)))
+    whole.save_pretrained(folder)
+    assert not (folder / ADAPTER_FILE).exists()
+    assert_same_weights(whole, CaMtlForMultiTask.from_pretrained(folder))
+
+
+def test_a_config_of_ones_own(base, tmp_path):
+    model = make(base)
+    model.save_pretrained(tmp_path / "small", adapter_only=True)
+    config = CaMtlConfig.from_pretrained(tmp_path / "small")
+    config.base_encoder, config.hidden_dropout_prob = None, 0.3
+    back = CaMtlForMultiTask.from_pretrained(tmp_path / "small", config=config)
+    assert_same_weights(model, back)
+    assert back.config.hidden_dropout_prob == 0.3
+    assert back.config.base_encoder["name"] == str(base)
+    assert config.base_encoder is None
+    plain = CaMtlForMultiTask.from_pretrained(base, config=config)
+    assert plain.config.base_encoder["name"] == str(base)
+    assert config.base_encoder is None
 
 
 # -- the tokenizer --
