@@ -15,14 +15,11 @@ from camtl.models.encoder import CaMtlModel, CaMtlPreTrainedModel
 from camtl.models.outputs import CaMtlOutput
 from camtl.models.prediction import PredictionMixin
 from camtl.models.reference_format import ReferenceFormatMixin
-from camtl.models.single_task import SingleTaskMixin
 from camtl.models.task_life import TaskLifeMixin
 from camtl.nn import StackedHeads
 
 
-class CaMtlForMultiTask(
-    TaskLifeMixin, SingleTaskMixin, PredictionMixin, ReferenceFormatMixin, CaMtlPreTrainedModel
-):
+class CaMtlForMultiTask(TaskLifeMixin, PredictionMixin, ReferenceFormatMixin, CaMtlPreTrainedModel):
     """One encoder for all tasks, one row of task embedding and one slice of the stacked head matrix per task.
 
     Task ids are the positions in ``config.tasks``.
@@ -109,13 +106,14 @@ class CaMtlForMultiTask(
     ) -> CaMtlOutput | tuple[Any, ...]:
         """Encode a batch in which every sequence may have its own task.
 
+        Without ``task_ids``, an active task (``set_active_task``) answers as if it were the model's only one:
+        ``logits`` are ``[B, C]``, its own outputs, and those of a regression in its labels' own scale.
+
         Args:
             input_ids: int64 ``[B, S]``, or packed ``[N]`` with ``cu_seqlens``.
             attention_mask: ``[B, S]``, 1 or True marks a real token; None: all are real.
             token_type_ids: like ``input_ids``; None: all zero.
             task_ids: int64 ``[B]``, positions in ``config.tasks``; None: the active task, or the only one.
-                With None and an active task the model answers as one of that task alone: logits have its
-                outputs only, those of a regression in its labels' own scale.
             labels: ``[B]``, float or int (class numbers may be float); ``[B, C_max]`` for multi-label tasks.
             cu_seqlens: int32 ``[B+1]``, offsets of the packed sequences.
             max_seqlen: the longest packed sequence as a host int; None: ``max_seq_length``.

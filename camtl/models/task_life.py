@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from camtl.errors import UsageError
+from camtl.models.single_task import SingleTaskMixin
 from camtl.models.task_info import normalise_tasks
 
 
-class TaskLifeMixin:
-    """``add_task``, ``remove_task``, ``set_active_task`` of :class:`CaMtlForMultiTask`."""
+class TaskLifeMixin(SingleTaskMixin):
+    """``add_task``, ``remove_task``, ``set_active_task`` and what :class:`SingleTaskMixin` has, of :class:`CaMtlForMultiTask`."""
 
     config: Any
     bert: Any
