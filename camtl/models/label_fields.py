@@ -53,8 +53,10 @@ class LabelFieldsMixin:
         return {label: number for number, label in self.labels_of(task).items()}
 
     def problem_type_of(self: Any, task: str) -> str | None:
-        """Hugging Face's word for what a task's outputs are; None where it has none."""
+        """Hugging Face's word for what a task says of a text; None where it has none."""
         info = self.task_info[self.task_index(task)]
+        if info.get("reads", "pooled") not in ("pooled", "spans"):  # it answers with tokens or places
+            return None
         if info["loss"] == "ce":
             return "single_label_classification" if info["num_labels"] > 1 else None
         return _PROBLEMS[info["loss"]]

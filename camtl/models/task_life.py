@@ -13,7 +13,7 @@ from camtl.models.task_info import normalise_tasks
 
 
 class TaskLifeMixin(SingleTaskMixin):
-    """``add_task``, ``remove_task``, ``set_active_task`` and what :class:`SingleTaskMixin` has, of :class:`CaMtlForMultiTask`."""
+    """``add_task``, ``remove_task``, ``set_active_task`` of :class:`CaMtlForMultiTask`."""
 
     config: Any
     bert: Any

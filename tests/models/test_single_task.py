@@ -223,6 +223,14 @@ def test_what_plain_bert_has_no_place_for(make_model, switches, words):
     assert len(only) == len(words)
 
 
+def test_a_task_of_another_kind(make_model):
+    model = make_model(tasks=[*TASKS, {"name": "tagging", "num_labels": 5, "reads": "tokens"}], **OFF)
+    with pytest.raises(UsageError, match=r"'tagging' reads tokens.*only the pooled vector; single_task"):
+        model.to_bert("tagging")
+    assert model.config.problem_type_of("tagging") is None
+    assert model.config.labels_of("tagging")[4] == "4"
+
+
 def test_an_unknown_task_and_a_bias_that_no_layer_has(make_model, make_batch):
     model = make_model(tasks=TASKS, **OFF)
     with pytest.raises(UsageError, match="'nope' is unknown"):
