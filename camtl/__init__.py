@@ -19,6 +19,7 @@ _LAZY = {
     "apply_camtl_kernels_to_bert": "camtl.fusing",
     "fuse": "camtl.fusing",
     "fuse_report": "camtl.fusing",
+    "pipeline": "camtl.models",
     "set_backend": "camtl.ops",
     "unfuse": "camtl.fusing",
 }
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from camtl.models import CaMtlConfig as CaMtlConfig
     from camtl.models import CaMtlForMultiTask as CaMtlForMultiTask
     from camtl.models import CaMtlModel as CaMtlModel
+    from camtl.models import pipeline as pipeline
     from camtl.ops import set_backend as set_backend
     from camtl.training import CaMtlTrainer as CaMtlTrainer
     from camtl.training import CaMtlTrainingArguments as CaMtlTrainingArguments

@@ -17,7 +17,10 @@ COMMANDS = {
     "eval": ("camtl.cli.eval", "recompute the scores of a trained model"),
     "predict": ("camtl.cli.predict", "label new texts with a trained model"),
     "tasks": ("camtl.cli.tasks", "list the built-in tasks, show one, check a task's data files"),
-    "convert": ("camtl.cli.convert", "read and write checkpoints of the code released with the paper"),
+    "convert": (
+        "camtl.cli.convert",
+        "small checkpoints, one task alone, checkpoints of the code released with the paper",
+    ),
     "fuse-check": (
         "camtl.cli.fuse_check",
         "what camtl.fuse does in a Hugging Face model, and how fast it is",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 TASKS_FILE = "tasks.yaml"
+# Weights in several files; those of a small checkpoint (camtl.models.small_checkpoints).
+_OTHER_WEIGHTS = ("model.safetensors.index.json", "adapter_model.safetensors")
 
 
 def open_run(path: str) -> Path:
@@ -29,7 +31,7 @@ def open_run(path: str) -> Path:
     if not folder.is_dir():
         raise UsageError(f"{path}: is a file; give the output folder of camtl train")
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).exists()]
-    if missing and not (folder / "model.safetensors.index.json").exists():
+    if missing and not any((folder / name).exists() for name in _OTHER_WEIGHTS):
         raise UsageError(
             f"{path}: holds no trained model ({' and '.join(missing)} missing); "
             "give the output folder of camtl train"
@@ -54,18 +56,21 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_trained(folder: Path) -> CaMtlForMultiTask:
-    """Load the model of a run; damaged weights raise :class:`CamtlError` naming the file."""
+def load_trained(folder: Path, base_model: str | None = None) -> CaMtlForMultiTask:
+    """Load the model of a run; damaged weights raise :class:`CamtlError` naming the file.
+
+    ``base_model`` is where the base encoder of a small checkpoint is, if not where its config says.
+    """
     from camtl.models import CaMtlForMultiTask
     from camtl.training.resume import safetensors_fault
 
-    for file in sorted(folder.glob("model*.safetensors")):
+    for file in sorted([*folder.glob("model*.safetensors"), *folder.glob("adapter_model.safetensors")]):
         if fault := safetensors_fault(file):
             raise CamtlError(
                 f"{file} is damaged or was not copied whole ({fault}); copy it again, or use a checkpoint-N "
                 "folder of the run"
             )
-    return CaMtlForMultiTask.from_pretrained(str(folder))
+    return CaMtlForMultiTask.from_pretrained(str(folder), base_model=base_model)
 
 
 def _beside(folder: Path, name: str) -> Path:
@@ -116,6 +121,16 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = _beside(folder, RUN_FILE)
     record = read_json(path) if path.exists() else {}
     return record if isinstance(record, dict) else {}
+
+
+def carry_over(folder: Path, target: Path, names: Sequence[str]) -> None:
+    """Give a model that was made of a run's the description of those tasks, and the run's record."""
+    if _beside(folder, TASKS_FILE).exists():
+        from camtl.tasks import dump_tasks_yaml
+
+        dump_tasks_yaml([task for task in run_tasks(folder) if task.name in names], target / TASKS_FILE)
+    if record := read_run(folder):
+        write_run(target, record)
 
 
 def check_writable(folder: Path, flag: str) -> None:

@@ -1,4 +1,4 @@
-"""``camtl convert``: checkpoints of the code released with the paper, in and out."""
+"""``camtl convert``: a trained model in another form; checkpoints of the code released with the paper."""
 
 from __future__ import annotations
 
@@ -7,18 +7,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from camtl.cli._parser import CommandParser
+from camtl.cli._parser import CommandParser, add_flag
 from camtl.errors import UsageError
 
 if TYPE_CHECKING:
     import argparse
 
 _DESCRIPTION = """
-Turn a checkpoint of the code released with the CA-MTL paper into a camtl folder, or a camtl folder back into
-that format. Both directions keep every number exactly. Checkpoints are read as plain tensors: nothing in them
-is executed.
+Write a trained model in another form: what training changed and no more, with the encoder it started from
+named beside it; that as a whole model again; one of its tasks alone, also as a plain Hugging Face BERT.
+Or turn a checkpoint of the code released with the CA-MTL paper into a camtl folder, or a camtl folder back
+into that format. All of it keeps every number exactly, but for the rounding of a fold into plain BERT.
+Checkpoints are read as plain tensors: nothing in them is executed.
 """
 _EXAMPLES = (
+    (
+        "a small folder: what the run changed in its encoder, and what it added",
+        "camtl convert runs/glue4 --adapter_only --output_dir shared/glue4",
+    ),
+    (
+        "and a whole model of it again",
+        "camtl convert shared/glue4 --base_model bert-base-uncased --output_dir models/glue4",
+    ),
+    ("one task alone", "camtl convert runs/glue4 --single_task mrpc --output_dir models/mrpc"),
+    (
+        "as a plain BERT (of a model without attention bias)",
+        "camtl convert runs/glue4 --single_task mrpc --to bert --output_dir models/mrpc",
+    ),
     (
         "a released checkpoint to a folder for camtl predict and eval",
         "camtl convert --from_reference pytorch_model.bin --variant base --config config.json \\\n"
@@ -36,8 +51,30 @@ def run(argv: Sequence[str]) -> int:
         "convert",
         _DESCRIPTION,
         _EXAMPLES,
-        "--from_reference FILE --variant NAME --tasks a,b,c --output_dir DIR\n"
+        "RUN [--single_task NAME [--to bert]] [--adapter_only] --output_dir DIR\n"
+        "       camtl convert --from_reference FILE --variant NAME --tasks a,b,c --output_dir DIR\n"
         "       camtl convert --to_reference RUN --output FILE",
+    )
+    parser.add_argument(
+        "run", metavar="RUN", nargs="?", help="folder of a trained model (--output_dir of camtl train)"
+    )
+    parser.add_argument(
+        "--output_dir", metavar="DIR", help="folder to write (of a RUN: a new or an empty one)"
+    )
+    other = parser.add_argument_group("what to make of RUN (default, of a small folder: a whole model)")
+    add_flag(other, "adapter_only", "write only what differs from the encoder that training started from")
+    other.add_argument(
+        "--base_model",
+        metavar="NAME",
+        help="that encoder, a folder or hub name (default: as RUN names it)",
+    )
+    other.add_argument("--single_task", metavar="NAME", help="leave all other tasks out")
+    other.add_argument(
+        "--to",
+        metavar="bert",
+        choices=("bert",),
+        help="with --single_task: fold the task's conditioning into a plain BertForSequenceClassification, "
+        "for switches of which BERT has a counterpart (no attention bias, no bottleneck with a norm)",
     )
     inward = parser.add_argument_group("from the released code")
     inward.add_argument("--from_reference", metavar="FILE", help="checkpoint, .bin, .pt or .safetensors")
@@ -64,17 +101,28 @@ def run(argv: Sequence[str]) -> int:
         metavar="NAME",
         help="its tokenizer, a folder or hub name, saved beside the model for predict",
     )
-    inward.add_argument("--output_dir", metavar="DIR", help="folder to write")
     outward = parser.add_argument_group("to the released code's format")
     outward.add_argument("--to_reference", metavar="RUN", help="folder of a camtl model")
     outward.add_argument("--output", metavar="FILE", help="file to write, .bin, .pt or .safetensors")
     args = parser.parse(argv)
-    if bool(args.from_reference) == bool(args.to_reference):
-        parser.error("give --from_reference FILE or --to_reference RUN")
-    needed = ("variant", "output_dir") if args.from_reference else ("output",)
-    for name in needed:
+    given = [name for name in ("run", "from_reference", "to_reference") if getattr(args, name)]
+    if len(given) != 1:
+        parser.error("give RUN, --from_reference FILE or --to_reference RUN, and one of them only")
+    needed = {
+        "run": ("output_dir",),
+        "from_reference": ("variant", "output_dir"),
+        "to_reference": ("output",),
+    }
+    for name in needed[given[0]]:
         if getattr(args, name) is None:
             parser.error(f"missing --{name}")
+    for name in ("adapter_only", "base_model", "single_task", "to"):
+        if getattr(args, name) and given != ["run"]:
+            parser.error(f"--{name} is for RUN, not for --{given[0]}")
+    if args.run:
+        from camtl.cli._convert_run import convert_run
+
+        return convert_run(args)
     return _from_reference(args) if args.from_reference else _to_reference(args)
 
 

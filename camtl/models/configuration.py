@@ -10,6 +10,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from camtl.errors import UsageError
+from camtl.models.label_fields import LabelFieldsMixin
 from camtl.models.task_info import normalise_tasks
 
 _BASE: dict[str, Any] = {
@@ -65,7 +66,7 @@ def default_block_width(max_seq_length: int, hidden_size: int) -> int:
     return math.ceil(max_seq_length / max(1, hidden_size // max_seq_length))
 
 
-class CaMtlConfig(PreTrainedConfig):
+class CaMtlConfig(LabelFieldsMixin, PreTrainedConfig):
     """Configuration of :class:`CaMtlModel` and :class:`CaMtlForMultiTask`.
 
     The encoder's fields are BERT's, whatever its ``family`` (``bert``, ``roberta``, ``xlm-roberta``,
@@ -102,6 +103,10 @@ class CaMtlConfig(PreTrainedConfig):
     What the padding's rows of hidden states hold differs: zeros without padding. Packed batches
     (``cu_seqlens``) are packed whatever it says.
 
+    ``base_encoder`` says which checkpoint the encoder started from (``name``, ``family``, ...; None: none, or
+    not known); ``from_pretrained`` fills it, and ``save_pretrained(adapter_only=True)`` leaves its weights
+    out.
+
     Raises :class:`camtl.errors.UsageError` that names the field, the given value and the accepted
     ones.
     """
@@ -132,6 +137,7 @@ class CaMtlConfig(PreTrainedConfig):
         task_info: Sequence[Mapping[str, Any]] | None = None,
         packed: str | bool = "auto",
         family: str = "bert",
+        base_encoder: Mapping[str, Any] | None = None,
         attention_bias: str = _UNSET,
         attention_bias_layers: str = _UNSET,
         attention_bias_init: str = _UNSET,
@@ -156,6 +162,9 @@ class CaMtlConfig(PreTrainedConfig):
             setattr(self, name, PRESETS[preset][name] if value is _UNSET else value)
         self.preset = preset
         self.family = family
+        self.base_encoder = None if base_encoder is None else dict(base_encoder)
+        if self.base_encoder is not None:
+            self.base_encoder.pop("sha256", None)  # of a small checkpoint's file, not of models made from it
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -359,4 +368,6 @@ class CaMtlConfig(PreTrainedConfig):
             "pad_token_id",
         ):
             diff[name] = getattr(self, name)
+        if self.base_encoder is None:
+            diff.pop("base_encoder", None)
         return diff

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from camtl.models.initialisation import initialise
 from camtl.models.layers import Batch, CaMtlLayer
 from camtl.models.loading import LoadingMixin
 from camtl.models.outputs import CaMtlModelOutput
+from camtl.models.small_checkpoints import ADAPTER_FILE, save_small
 from camtl.nn import ConditionalAlignment, ConditionalBottleneck, FiLMLinear, HyperNetwork
 from camtl.ops import _checks
 from camtl.ops.reference import sequence_of_row
@@ -40,8 +42,29 @@ class CaMtlPreTrainedModel(LoadingMixin, FreezingMixin, PreTrainedModel):
     _supports_sdpa = False
     _supports_attention_backend = False
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As the base class, but a keyword that it does not know raises :class:`UsageError`."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        adapter_only: bool = False,
+        base_model: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As the base class, but a keyword that it does not know raises :class:`UsageError`.
+
+        ``adapter_only=True`` (of :class:`CaMtlForMultiTask`) writes only what differs from the encoder that
+        the model started from: conditional parameters, heads, and what training changed in the encoder. The
+        folder names that encoder and the hash of its weights; ``from_pretrained`` loads it again and checks
+        it. The tokenizer is written only if it is not the encoder's. ``base_model`` names the encoder where
+        the model does not know it, or by another name.
+        """
+        if adapter_only:
+            self._save_small(save_directory, base_model, args, kwargs)
+            return
+        if base_model is not None:
+            raise UsageError(
+                "save_pretrained: base_model is for adapter_only=True; the whole model needs none"
+            )
         known = {
             name
             for method in (PreTrainedModel.save_pretrained, PushToHubMixin.push_to_hub)
@@ -51,6 +74,26 @@ class CaMtlPreTrainedModel(LoadingMixin, FreezingMixin, PreTrainedModel):
         if unknown:
             raise UsageError(f"save_pretrained: {', '.join(unknown)}: no such keyword")
         super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / ADAPTER_FILE).unlink(missing_ok=True)  # of a model that was there before
+
+    def _save_small(
+        self,
+        folder: str | os.PathLike[str],
+        base_model: str | os.PathLike[str] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        main, state_dict = kwargs.pop("is_main_process", True), kwargs.pop("state_dict", None)
+        other = [*(repr(value) for value in args), *sorted(kwargs)]
+        if other:
+            raise UsageError(f"save_pretrained: {', '.join(other)}: not accepted beside adapter_only=True")
+        if not hasattr(self, self.base_model_prefix):
+            raise UsageError(
+                f"adapter_only: a {type(self).__name__} has no tasks to save; accepted: a CaMtlForMultiTask"
+            )
+        if main:
+            name = None if base_model is None else os.fspath(base_model)
+            save_small(self, folder, base_model=name, state_dict=state_dict)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import logging
 import os
@@ -20,6 +21,7 @@ from camtl.models.configuration import SWITCHES, CaMtlConfig
 from camtl.models.families import FAMILIES, Family
 from camtl.models.freezing import HEADS, is_conditional
 from camtl.models.initialisation import reinitialise
+from camtl.models.small_checkpoints import describe_base, is_small, load_small
 from camtl.models.task_info import check_same_tasks
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,7 @@ class LoadingMixin:
         preset: str | None = None,
         max_seq_length: int | None = None,
         config: Any = None,
+        base_model: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a model folder of this package, or any checkpoint of BERT, RoBERTa, XLM-RoBERTa, ELECTRA or
@@ -132,6 +135,8 @@ class LoadingMixin:
             preset: ``ca-mtl`` (default), ``ca-mtl-base`` or ``ca-mtl-large``, for a plain encoder checkpoint.
             max_seq_length: L, default 128 (less if the encoder has fewer positions).
             config: a ready :class:`CaMtlConfig` instead of the arguments above.
+            base_model: for a folder saved with ``adapter_only=True``: folder or name of its base encoder,
+                where that is not to be had under the name that the folder gives.
             **kwargs: switches of :class:`CaMtlConfig`, and what Hugging Face's ``from_pretrained`` takes.
 
         Returns:
@@ -141,7 +146,8 @@ class LoadingMixin:
         Raises:
             UsageError: unreachable or missing model, another architecture, tasks or switches that contradict
                 a model folder, a checkpoint without the encoder's weights, ``config`` of another class or
-                beside arguments that it replaces.
+                beside arguments that it replaces, a base encoder that is not the one a folder was saved
+                without.
         """
         if pretrained_model_name_or_path is None:
             return _finish(super().from_pretrained(None, *model_args, config=config, **kwargs), kwargs)  # type: ignore[misc]
@@ -150,11 +156,24 @@ class LoadingMixin:
         if config is not None:
             given = {"tasks": tasks, "preset": preset, "max_seq_length": max_seq_length}
             _check_config(config, [*(key for key, value in given.items() if value is not None), *switches])
-        stored = read_encoder_config(name, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+        reach = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        stored = read_encoder_config(name, **reach)
         own = stored.get("model_type") == CaMtlConfig.model_type
         if own:
             if config is None:
                 config = _own_config(name, stored, tasks, preset, max_seq_length, switches)
+            if is_small(stored):
+                for key in reach:
+                    del kwargs[key]
+                return load_small(
+                    cls,
+                    name,
+                    stored,
+                    config,
+                    base_model=None if base_model is None else os.fspath(base_model),
+                    hub_arguments=reach,
+                    **kwargs,
+                )
             kwargs.setdefault("use_safetensors", True)
         else:
             family = family_of(stored, name)
@@ -165,6 +184,15 @@ class LoadingMixin:
                     f"config: its family is {config.family!r}, but {name} is of family {family.model_type!r}"
                 )
             kwargs.setdefault("key_mapping", dict(family.key_mapping))
+            given_name = os.fspath(pretrained_model_name_or_path)
+            hub_id = ALIASES[given_name][-1] if given_name in ALIASES else None
+            config = copy.copy(config)  # a caller's own stays as it was
+            config.base_encoder = describe_base(given_name, name, hub_id, family.model_type, **reach)
+        if base_model is not None:
+            raise UsageError(
+                f"base_model: {os.fspath(base_model)!r} was given, but {name} was not saved with "
+                "adapter_only=True and needs none"
+            )
         want_info = kwargs.pop("output_loading_info", False)
         shapes_must_fit = not kwargs.pop("ignore_mismatched_sizes", False)
         try:

@@ -107,6 +107,9 @@ class CaMtlForMultiTask(
     ) -> CaMtlOutput | tuple[Any, ...]:
         """Encode a batch in which every sequence may have its own task.
 
+        Without ``task_ids``, an active task (``set_active_task``) answers as if it were the model's only one:
+        ``logits`` are ``[B, C]``, its own outputs, and those of a regression in its labels' own scale.
+
         Args:
             input_ids: int64 ``[B, S]``, or packed ``[N]`` with ``cu_seqlens``.
             attention_mask: ``[B, S]``, 1 or True marks a real token; None: all are real.
@@ -139,6 +142,7 @@ class CaMtlForMultiTask(
                 device; else no token counts, and such tasks count as absent).
         """
         source = input_ids if input_ids is not None else inputs_embeds
+        alone = self.active_task if task_ids is None else None
         if task_ids is None and source is not None:
             sequences = source.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             task_ids = torch.full(
@@ -177,6 +181,8 @@ class CaMtlForMultiTask(
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+        if alone is not None and result.logits is not None:
+            result.logits = self.own_logits(result.logits, alone)
         return (
             result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
         )

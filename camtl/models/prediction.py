@@ -25,12 +25,13 @@ class PredictionMixin:
 
     config: Any
     _tokenizer: Any = None
+    _tokenizer_source: str | None = None
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer: the one that was set, else loaded from where the model came from."""
         if self._tokenizer is None:
-            name = self.config.name_or_path
+            name = self._tokenizer_source or self.config.name_or_path
             if not name:
                 raise UsageError(
                     "this model has no tokenizer: set model.tokenizer, or load the model from a folder"

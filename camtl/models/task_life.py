@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from camtl.errors import UsageError
+from camtl.models.single_task import SingleTaskMixin
 from camtl.models.task_info import normalise_tasks
 
 
-class TaskLifeMixin:
+class TaskLifeMixin(SingleTaskMixin):
     """``add_task``, ``remove_task``, ``set_active_task`` of :class:`CaMtlForMultiTask`."""
 
     config: Any
@@ -24,10 +25,25 @@ class TaskLifeMixin:
         return self._active_task
 
     def set_active_task(self, name: str | None) -> None:
-        """Use this task where ``task_ids`` or ``task`` is left out; None undoes it."""
+        """Use this task where ``task_ids`` or ``task`` is left out; None undoes it.
+
+        To Hugging Face's own code the model then is one of that task alone: ``config.num_labels``,
+        ``id2label``, ``label2id`` and ``problem_type`` are the task's, and so are the logits that ``forward``
+        gives without ``task_ids``.
+        """
         if name is not None:
             self.config.task_index(name)
         self._active_task = name
+        self.config.choose_labels(name)
+
+    def own_logits(self: Any, logits: torch.Tensor, name: str) -> torch.Tensor:
+        """``[B, C_max]`` to the task's own ``[B, C]``; those of a regression in its labels' scale."""
+        info = self.config.task_info[self.config.task_index(name)]
+        own = logits[:, : info["num_labels"]]
+        if info["loss"] != "mse":
+            return own
+        mean, deviation = self.label_scale(name)
+        return own * deviation + mean
 
     def default_task_id(self) -> int:
         """The id of the active task, or of the only task; ValueError if neither exists."""
@@ -78,7 +94,7 @@ class TaskLifeMixin:
         self._remove_heads(index)
         self._set_tasks([info for info in self.config.task_info if info["name"] != name])
         if self._active_task == name:
-            self._active_task = None
+            self.set_active_task(None)
 
     def _set_task_embedding(self: Any, weight: torch.Tensor) -> None:
         embedding = self.bert.task_type_embeddings

@@ -223,8 +223,8 @@ def test_a_config_comes_alone(make_model, make_config, tmp_path, beside):
 
 def test_saving_knows_its_keywords(make_model, tmp_path):
     model = make_model(tasks=TASKS)
-    with pytest.raises(UsageError, match="adapter_only: no such keyword"):
-        model.save_pretrained(tmp_path / "a", adapter_only=True)
+    with pytest.raises(UsageError, match="adapters_only: no such keyword"):
+        model.save_pretrained(tmp_path / "a", adapters_only=True)
     assert not (tmp_path / "a").exists()
     model.save_pretrained(tmp_path / "b", is_main_process=True, max_shard_size="1GB")
     assert (tmp_path / "b" / "model.safetensors").is_file()
