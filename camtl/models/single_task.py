@@ -59,6 +59,7 @@ class SingleTaskMixin:
         info[index]["name"] = new
         active = new if self._active_task == old else self._active_task
         self._set_tasks(info)
+        self._added = tuple(new if added == old else added for added in self._added)
         self.set_active_task(active)
 
     def single_task(self: Any, name: str) -> Any:
