@@ -14,6 +14,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": ("camtl.cli.train", "train one model on one or more tasks"),
+    "add-task": ("camtl.cli.add_task", "teach a trained model another task"),
     "eval": ("camtl.cli.eval", "recompute the scores of a trained model"),
     "predict": ("camtl.cli.predict", "label new texts with a trained model"),
     "tasks": ("camtl.cli.tasks", "list the built-in tasks, show one, check a task's data files"),
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if debug:
             traceback.print_exc()
-        message, code = describe(error, trains=command[:1] == ["train"])
+        message, code = describe(error, trains=command[:1] in (["train"], ["add-task"]))
         try:
             sys.stdout.flush()
         except OSError:

@@ -56,10 +56,11 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_trained(folder: Path, base_model: str | None = None) -> CaMtlForMultiTask:
+def load_trained(folder: Path, base_model: str | None = None, **options: Any) -> CaMtlForMultiTask:
     """Load the model of a run; damaged weights raise :class:`CamtlError` naming the file.
 
-    ``base_model`` is where the base encoder of a small checkpoint is, if not where its config says.
+    ``base_model`` is where the base encoder of a small checkpoint is, if not where its config says; the other
+    options are for ``from_pretrained`` too.
     """
     from camtl.models import CaMtlForMultiTask
     from camtl.training.resume import safetensors_fault
@@ -70,7 +71,7 @@ def load_trained(folder: Path, base_model: str | None = None) -> CaMtlForMultiTa
                 f"{file} is damaged or was not copied whole ({fault}); copy it again, or use a checkpoint-N "
                 "folder of the run"
             )
-    return CaMtlForMultiTask.from_pretrained(str(folder), base_model=base_model)
+    return CaMtlForMultiTask.from_pretrained(str(folder), base_model=base_model, **options)
 
 
 def _beside(folder: Path, name: str) -> Path:

@@ -60,7 +60,7 @@ def finish(outcome: Outcome) -> None:
         return
     from camtl.tasks import dump_tasks_yaml
 
-    dump_tasks_yaml(tasks, output_dir / TASKS_FILE)
+    dump_tasks_yaml(outcome.request.model_tasks, output_dir / TASKS_FILE)
     (output_dir / "all_results.json").unlink(missing_ok=True)  # of an older run; the next two fill it anew
     trainer.save_metrics("train", _plain(outcome.train_metrics))
     trainer.save_metrics("eval", _plain(outcome.eval_metrics))
@@ -86,7 +86,7 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _run_record(outcome: Outcome) -> dict[str, Any]:
     request = outcome.request
     data_dir = request.data.data_dir
-    return {
+    record = {
         "camtl": __version__,
         "command": request.command,
         "model_name_or_path": request.model.model_name_or_path,
@@ -99,6 +99,23 @@ def _run_record(outcome: Outcome) -> dict[str, Any]:
         "per_device_eval_batch_size": request.training.per_device_eval_batch_size,
         "constant_answers": {name: entry["answer"] for (name, _), entry in outcome.baselines.items()},
     }
+    return _with_kept(record, request) if request.kept_tasks else record
+
+
+def _with_kept(record: dict[str, Any], request: TrainRequest) -> dict[str, Any]:
+    """Add what is recorded of the tasks that the model had before; rows then have a source for each task."""
+    kept = request.kept_record
+    names = [task.name for task in request.kept_tasks]
+    for key in ("evaluated_splits", "constant_answers"):
+        known = kept.get(key, {})
+        record[key] = {name: known[name] for name in names if name in known} | record[key]
+    sources = {name: kept.get("sources", {}).get(name, kept) for name in names} if kept else {}
+    sources |= {task.name: record for task in request.tasks}
+    record["sources"] = {
+        name: {key: source.get(key) for key in ("data_dir", "max_eval_samples")}
+        for name, source in sources.items()
+    }
+    return record
 
 
 def model_card(outcome: Outcome, has_curves: bool) -> ModelCard:
@@ -133,7 +150,7 @@ def model_card(outcome: Outcome, has_curves: bool) -> ModelCard:
         name=request.output_dir.resolve().name,
         base_model=(ALIAS_HUB_ID if base == ALIAS else base) if pretrained else "",
         encoder=f"{base if pretrained else outcome.label} ({encoder_sizes(model.config)})",
-        tasks=request.tasks,
+        tasks=request.model_tasks,
         config=model.config.to_dict(),
         results=outcome.results,
         counts=model.parameter_counts(),

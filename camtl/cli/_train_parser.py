@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -58,15 +58,21 @@ def build_parser(full: bool) -> CommandParser:
     parser = CommandParser(
         "train", _DESCRIPTION, _EXAMPLES, "--model_name_or_path NAME --tasks a,b,c [options]"
     )
+    add_general(parser)
+    for title, cls in (("model", ModelArguments), ("tasks and data", DataArguments)):
+        add_dataclass(parser.add_argument_group(title), cls)
+    add_training(parser, full)
+    switches = parser.add_argument_group("single switches of the model (default: as in the preset)")
+    add_dataclass(switches, SwitchArguments)
+    return parser
+
+
+def add_general(parser: CommandParser) -> None:
+    """Add what every command that trains has: a file of options, all options' help, what old scripts give."""
     parser.add_argument(
         "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with any of these options"
     )
     parser._optionals.title = "configuration"
-    for title, cls in (("model", ModelArguments), ("tasks and data", DataArguments)):
-        _add_dataclass(parser.add_argument_group(title), cls)
-    _add_training(parser, full)
-    switches = parser.add_argument_group("single switches of the model (default: as in the preset)")
-    _add_dataclass(switches, SwitchArguments)
     for name in IGNORED:
         parser.add_argument(
             f"--{name}",
@@ -80,12 +86,14 @@ def build_parser(full: bool) -> CommandParser:
     parser.general.add_argument(
         "--help_all", action="store_true", help="show every training argument of Hugging Face's Trainer too"
     )
-    return parser
 
 
-def _add_dataclass(group: Any, cls: Any) -> None:
+def add_dataclass(group: Any, cls: Any, without: Collection[str] = ()) -> None:
+    """Add the fields of a dataclass of :mod:`camtl.cli.train_arguments`, but for those in ``without``."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if field.name in without:
+            continue
         text = field.metadata["help"]
         if field.default is not None:
             text += f" (default: {field.default})"
@@ -99,7 +107,8 @@ def _add_dataclass(group: Any, cls: Any) -> None:
         )
 
 
-def _add_training(parser: CommandParser, full: bool) -> None:
+def add_training(parser: CommandParser, full: bool, texts: Mapping[str, str] | None = None) -> None:
+    """Add the training arguments: the common ones, or all; ``texts`` replaces the help of some."""
     hints: dict[str, Any] = {}
     fields: dict[str, Any] = {}
     if full:
@@ -112,7 +121,13 @@ def _add_training(parser: CommandParser, full: bool) -> None:
         group = parser.add_argument_group(title)
         for name, metavar, text in options:
             common.add(name)
-            add_field(group, name, hints.get(name, str if metavar else bool), text, metavar=metavar)
+            add_field(
+                group,
+                name,
+                hints.get(name, str if metavar else bool),
+                (texts or {}).get(name, text),
+                metavar=metavar,
+            )
     if not full:
         return
     if "warmup_ratio" not in fields:
@@ -228,6 +243,7 @@ def read_config(parser: CommandParser, path: str) -> dict[str, Any]:
         for option in action.option_strings:
             actions[option.lstrip("-")] = action
     fields = {action.dest for action in parser._actions}
+    positions = [action.dest for action in parser._actions if not action.option_strings]
     known = set(actions) - {"h", "help", "help_all", "debug", "config"}
     values: dict[str, Any] = {}
     for raw_key, value in content.items():
@@ -235,23 +251,25 @@ def read_config(parser: CommandParser, path: str) -> dict[str, Any]:
         if key not in known:
             raise UsageError(
                 f"{path}: unknown key {raw_key!r}{suggestion(key, known)} "
-                "(keys are the flags of camtl train --help-all)"
+                f"(keys are the flags of camtl {parser.command} --help-all)"
             )
         if key.startswith("no_") and key not in fields:
             raise UsageError(f"{path}: key {raw_key!r}: write `{key.removeprefix('no_')}: false` instead")
         if value is None:
             continue
-        if key == "tasks" and isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            values[key] = value
+        name = actions[key].dest
+        if name == "tasks" and isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            values[name] = value
             continue
         try:
-            values.update(vars(parser.parse_known_args(_tokens(key, value, actions[key]))[0]))
+            tokens = ["-" for _ in positions] + _tokens(key, value, actions[key])
+            values.update(vars(parser.parse_known_args(tokens)[0]))
         except UsageError as error:
             reason = (
                 str(error).removesuffix(f" (see camtl {parser.command} --help)").removeprefix(f"--{key}: ")
             )
             raise UsageError(f"{path}: key {raw_key!r}: {reason}") from None
-    for name in ("help_all", "debug"):
+    for name in ("help_all", "debug", *positions):
         values.pop(name, None)
     return values
 

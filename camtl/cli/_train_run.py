@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from camtl.cli._encoder import load_model
@@ -22,8 +22,27 @@ if TYPE_CHECKING:
     from camtl.training.trainer import CaMtlTrainer
 
 
-def train(request: TrainRequest) -> Results:
-    """Run a checked request from beginning to end and return its final results."""
+def start_model(request: TrainRequest, data: Mapping[str, Any]) -> tuple[CaMtlForMultiTask, str]:
+    """Make the model of a new run; also returns what it starts from, for people."""
+    return load_model(
+        str(request.model.model_name_or_path),
+        request.tasks,
+        {task.name: _texts(task, data[task.name]["train"]) for task in request.tasks},
+        request.output_dir,
+        **request.model_options,
+    )
+
+
+def train(
+    request: TrainRequest,
+    start: Callable[[TrainRequest, Mapping[str, Any]], tuple[CaMtlForMultiTask, str]] = start_model,
+    check: Callable[[CaMtlForMultiTask], None] | None = None,
+) -> Results:
+    """Run a checked request from beginning to end and return its final results.
+
+    ``start`` makes the model from the request and the data; ``check`` sees it when it is trained, before
+    anything but checkpoints is written.
+    """
     from transformers import set_seed
 
     from camtl.training.resume import resolve_checkpoint
@@ -33,13 +52,7 @@ def train(request: TrainRequest) -> Results:
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, output_dir)
     check_writable(output_dir, "--output_dir")
     data = load_data(request)
-    model, label = load_model(
-        str(request.model.model_name_or_path),
-        request.tasks,
-        {task.name: _texts(task, data[task.name]["train"]) for task in request.tasks},
-        output_dir,
-        **request.model_options,
-    )
+    model, label = start(request, data)
     trainer = make_trainer(request, model, data)
     baselines = baselines_for(request.tasks, data)
     plan = planned_steps(trainer)
@@ -49,6 +62,8 @@ def train(request: TrainRequest) -> Results:
     started = time.time()
     try:
         trained = trainer.train(resume_from_checkpoint=checkpoint)
+        if check is not None:
+            check(model)
         metrics = final_metrics(trainer, resumed=checkpoint is not None)
     except KeyboardInterrupt:
         raise _interrupted(trainer, started) from None

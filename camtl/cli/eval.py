@@ -126,12 +126,14 @@ def _load(
     from camtl.data import load_task, subset
 
     own_data = args.data_dir is None
-    data_dir = record.get("data_dir") if own_data else args.data_dir
-    most = args.max_eval_samples or (
-        record.get("max_eval_samples") if own_data and args.split is None else None
-    )
     data: dict[str, dict[str, Any]] = {}
     for task in tasks:
+        # Tasks that were added later may come from elsewhere.
+        recorded = record.get("sources", {}).get(task.name, record)
+        data_dir = recorded.get("data_dir") if own_data else args.data_dir
+        most = args.max_eval_samples or (
+            recorded.get("max_eval_samples") if own_data and args.split is None else None
+        )
         # A task of one-off files carries their names; a folder given here goes before them.
         source = task if own_data else task.model_copy(update={"files": None})
         try:

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from camtl.tasks import Task
     from camtl.training.arguments import CaMtlTrainingArguments
 
-_HELP = {"-h", "--help"}
-_HELP_ALL = {"--help-all", "--help_all"}
+HELP = {"-h", "--help"}
+HELP_ALL = {"--help-all", "--help_all"}
 
 
 @dataclasses.dataclass
 class TrainRequest:
-    """One checked ``camtl train`` command."""
+    """One checked ``camtl train`` command, or one that adds tasks to a trained model.
+
+    ``kept_tasks`` and ``kept_record`` are the tasks that the model has already, and the record of their run.
+    """
 
     model: ModelArguments
     data: DataArguments
@@ -31,6 +34,13 @@ class TrainRequest:
     tasks: list[Task]
     switches: dict[str, Any]
     command: str
+    kept_tasks: list[Task] = dataclasses.field(default_factory=list)
+    kept_record: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model_tasks(self) -> list[Task]:
+        """All tasks of the model, in the order of their ids."""
+        return [*self.kept_tasks, *self.tasks]
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -48,10 +58,10 @@ class TrainRequest:
 
 def run(argv: Sequence[str]) -> int:
     """Run ``camtl train``."""
-    if _HELP_ALL & set(argv):
+    if HELP_ALL & set(argv):
         build_parser(full=True).print_help()
         return 0
-    if _HELP & set(argv) or not argv:
+    if HELP & set(argv) or not argv:
         build_parser(full=False).print_help()
         return 0 if argv else 2
     from camtl.cli._run_folder import prepare_libraries
