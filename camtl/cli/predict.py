@@ -35,6 +35,10 @@ _EXAMPLES = (
         "a file, its answers in another",
         "camtl predict runs/glue4 --task cola --input_file in.csv --output_file out.jsonl",
     ),
+    (
+        "what GLUE's leaderboard takes, from DIR/<task>/test.jsonl",
+        "camtl predict runs/glue4 --split test --data_dir DIR --glue_zip submission.zip",
+    ),
     ("a pipe", "cut -f1 reviews.tsv | camtl predict runs/demo --task demo_sentiment > labels.jsonl"),
 )
 _INPUTS = ".jsonl, .json, .csv, .tsv, .parquet (these also with .gz) or .txt"
@@ -66,12 +70,31 @@ def run(argv: Sequence[str]) -> int:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--output_file", metavar="FILE", help=".jsonl or .csv (default: stdout)")
+    official = parser.add_argument_group("a benchmark's submission")
+    official.add_argument("--glue_zip", metavar="FILE", help="the files that GLUE's leaderboard takes")
+    official.add_argument("--superglue_zip", metavar="FILE", help="those of SuperGLUE")
+    official.add_argument("--split", metavar="NAME", help="rows to label for them (default: test)")
+    official.add_argument(
+        "--data_dir",
+        metavar="DIR",
+        help="folder with <task>/<split>.{jsonl,jsonl.gz,csv,tsv,parquet} (default: what training used)",
+    )
     speed = parser.add_argument_group("speed")
     speed.add_argument("--batch_size", metavar="N", type=positive, default=32, help="texts at once")
     speed.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)"
     )
-    return _predict(parser.parse(argv))
+    args = parser.parse(argv)
+    if args.glue_zip or args.superglue_zip:
+        from camtl.cli._submissions import write_submissions
+
+        return write_submissions(args)
+    for name in ("split", "data_dir"):
+        if getattr(args, name):
+            raise UsageError(
+                f"--{name} belongs to --glue_zip or --superglue_zip; give --input_file FILE here"
+            )
+    return _predict(args)
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -95,7 +118,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.text:
         rows = [_row(task, texts, "--text") for texts in args.text]
     elif args.input_file:
-        rows = _file_rows(args.input_file, task)
+        rows = file_rows(args.input_file, task)
 
     label = _labeller(folder, task, args.device, args.batch_size)
     if interactive:
@@ -219,7 +242,8 @@ def _stdin_rows(task: Task) -> Iterator[Row]:
     return _line_rows(sys.stdin, task, "stdin")
 
 
-def _file_rows(path: str, task: Task) -> list[Row]:
+def file_rows(path: str, task: Task) -> list[Row]:
+    """The rows of a file with the columns that the task reads, and ``idx`` and ``id`` where it has them."""
     if path.endswith(".txt"):
         try:
             with open(path, encoding="utf-8-sig") as handle:

@@ -1,0 +1,219 @@
+"""``camtl predict --glue_zip`` and ``--superglue_zip``, on rows shaped as the benchmarks' test rows are."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from camtl.tasks import GROUPS, dump_tasks_yaml, resolve_tasks
+
+from .conftest import call, write_jsonl
+
+TEXTS = ("the cat sleeps", "a small bird sings", "the old dog runs", "a red river")
+PAIRS = {
+    "mrpc": ("sentence1", "sentence2"),
+    "qqp": ("question1", "question2"),
+    "stsb": ("sentence1", "sentence2"),
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+    "rte": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+    "boolq": ("question", "passage"),
+    "cb": ("premise", "hypothesis"),
+}
+GLUE_LABELS: dict[str, set[str]] = {
+    **{key: {"0", "1"} for key in ("CoLA", "SST-2", "MRPC", "QQP", "WNLI")},
+    **{key: {"entailment", "neutral", "contradiction"} for key in ("MNLI-m", "MNLI-mm")},
+    **{key: {"entailment", "not_entailment"} for key in ("QNLI", "RTE")},
+}
+
+
+def rows_of(task: str, count: int = 4) -> list[dict[str, Any]]:
+    """Unlabelled rows, the last first: what counts is ``idx``, not the order."""
+    if task in PAIRS:
+        one, two = PAIRS[task]
+        rows = [{one: TEXTS[i], two: TEXTS[-i]} for i in range(count)]
+    elif task in ("cola", "sst2"):
+        rows = [{"sentence": TEXTS[i]} for i in range(count)]
+    elif task == "copa":
+        rows = [
+            {"premise": TEXTS[i], "choice1": TEXTS[-i], "choice2": "the cat", "question": "cause"}
+            for i in range(count)
+        ]
+    elif task == "wic":
+        rows = [
+            {"word": "cat", "sentence1": "the cat sees", "sentence2": "a cat runs", "start1": 4, "end1": 7}
+            | {"start2": 2, "end2": 5}
+            for _ in range(count)
+        ]
+    elif task == "wsc":
+        spans = {"span1_index": 0, "span1_text": "the cat", "span2_index": 3, "span2_text": "dog"}
+        rows = [{"text": "the cat sees dog", **spans} for _ in range(count)]
+    elif task == "multirc":
+        return [
+            {"paragraph": TEXTS[p], "question": TEXTS[q], "answer": TEXTS[a]}
+            | {"idx": {"paragraph": p, "question": 2 * p + q, "answer": 4 * p + 2 * q + a}}
+            for p in (1, 0)
+            for q in (0, 1)
+            for a in (1, 0)
+        ]
+    else:
+        assert task == "record"
+        return [
+            {"passage": "the cat sees a dog", "query": "@placeholder runs", "entities": ["cat", "dog"]}
+            | {"idx": {"passage": 7, "query": query}}
+            for query in (1, 0)
+        ]
+    return [{**row, "label": -1, "idx": i} for i, row in reversed(list(enumerate(rows)))]
+
+
+@pytest.fixture(scope="module")
+def model(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of all tasks of both benchmarks."""
+    import torch
+
+    from camtl.models import CaMtlForMultiTask
+
+    folder = tmp_path_factory.mktemp("models") / "all"
+    tasks = resolve_tasks(["glue", "wnli", *(set(GROUPS["superglue"]) - {"rte"})])
+    torch.manual_seed(0)
+    made = CaMtlForMultiTask.from_pretrained(str(encoder), tasks=tasks, max_seq_length=48)
+    with torch.no_grad():  # answers that differ from row to row
+        for heads in (made.heads, made.token_heads):
+            heads.weight.normal_(0.0, 2.0)
+    made.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    dump_tasks_yaml(tasks, folder / "tasks.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("official")
+    for task in {*PAIRS, *GROUPS["superglue"], "cola", "sst2"}:
+        write_jsonl(folder / task / "test.jsonl", rows_of(task))
+    write_jsonl(folder / "mnli" / "test_mismatched.jsonl", rows_of("mnli", 3))
+    return folder
+
+
+def read(path: Path) -> dict[str, list[str]]:
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        return {name: archive.read(name).decode().splitlines() for name in archive.namelist()}
+
+
+def submit(model: Path, rows: Path, *more: object):
+    return call("predict", model, "--data_dir", rows, "--device", "cpu", *more)
+
+
+def answers_to(model: Path, rows: Path, task: str) -> dict[int, dict[str, Any]]:
+    """What ``camtl predict`` says to each of the rows, by their number."""
+    file = rows / task / "test.jsonl"
+    outcome = call("predict", model, "--task", task, "--input_file", file, "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    found = {}
+    for line in outcome.out.splitlines():
+        answer = json.loads(line)
+        index = answer["idx"]
+        found[index["query"] if isinstance(index, dict) else index] = answer
+    return found
+
+
+def test_glue(model: Path, rows: Path, tmp_path: Path) -> None:
+    target = tmp_path / "glue.zip"
+    outcome = submit(model, rows, "--glue_zip", target, "--split", "test")
+    assert outcome.code == 0, outcome.err
+    files = read(target)
+    assert set(files) == {f"{name}.tsv" for name in (*GLUE_LABELS, "STS-B")}
+    assert outcome.out == f"wrote {target}: {', '.join(files)}\n"
+    for name, lines in files.items():
+        assert lines[0] == "index\tprediction"
+        cells = [line.split("\t") for line in lines[1:]]
+        assert [index for index, _ in cells] == ["0", "1", "2", "3"][: 3 if name == "MNLI-mm.tsv" else 4]
+        if name == "STS-B.tsv":
+            assert all(0 <= float(value) <= 5 and len(value) == 5 for _, value in cells)
+        else:
+            assert {value for _, value in cells} <= GLUE_LABELS[name.removesuffix(".tsv")]
+    said = answers_to(model, rows, "cola")
+    numbers = {"unacceptable": "0", "acceptable": "1"}
+    assert [line.split("\t")[1] for line in files["CoLA.tsv"][1:]] == [
+        numbers[said[i]["label"]] for i in range(4)
+    ]
+    said = answers_to(model, rows, "mnli")
+    assert [line.split("\t")[1] for line in files["MNLI-m.tsv"][1:]] == [said[i]["label"] for i in range(4)]
+    said = answers_to(model, rows, "stsb")
+    for i, line in enumerate(files["STS-B.tsv"][1:]):
+        assert float(line.split("\t")[1]) == pytest.approx(min(max(said[i]["score"], 0), 5), abs=1e-3)
+
+    first = target.read_bytes()
+    assert submit(model, rows, "--glue_zip", target).code == 0
+    assert target.read_bytes() == first
+
+
+def test_superglue(model: Path, rows: Path, tmp_path: Path) -> None:
+    target = tmp_path / "superglue.zip"
+    outcome = submit(model, rows, "--superglue_zip", target)
+    assert outcome.code == 0, outcome.err
+    files = {name: [json.loads(line) for line in lines] for name, lines in read(target).items()}
+    expected: dict[str, tuple[str, Any]] = {
+        "BoolQ.jsonl": ("boolq", {"no": "false", "yes": "true"}),
+        "CB.jsonl": ("cb", {name: name for name in ("entailment", "contradiction", "neutral")}),
+        "COPA.jsonl": ("copa", None),
+        "ReCoRD.jsonl": ("record", None),
+        "RTE.jsonl": ("rte", {name: name for name in ("entailment", "not_entailment")}),
+        "WiC.jsonl": ("wic", {"different": "false", "same": "true"}),
+        "WSC.jsonl": ("wsc", {"different": "False", "same": "True"}),
+    }
+    assert set(files) == {*expected, "MultiRC.jsonl"}
+    for name, (task, words) in expected.items():
+        said = answers_to(model, rows, task)
+        assert len(said) == (2 if task == "record" else 4)
+        key = {"copa": "choice", "record": "answer"}.get(task, "label")
+        want = [said[i][key] if words is None else words[said[i][key]] for i in range(len(said))]
+        assert files[name] == [{"idx": i, "label": label} for i, label in enumerate(want)], name
+    passages = files["MultiRC.jsonl"]
+    assert [line["idx"] for line in passages] == [0, 1]
+    for p, line in enumerate(passages):
+        questions = line["passage"]["questions"]
+        assert [question["idx"] for question in questions] == [2 * p, 2 * p + 1]
+        for question in questions:
+            assert [a["idx"] for a in question["answers"]] == [2 * question["idx"], 2 * question["idx"] + 1]
+            assert {a["label"] for a in question["answers"]} <= {0, 1}
+
+
+def test_what_is_not_there_is_left_out(trained, rows: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_jsonl(data / "cola" / "test.jsonl", [{"sentence": text} for text in TEXTS])  # no idx: by place
+    outcome = submit(trained.folder, data, "--glue_zip", tmp_path / "part.zip")
+    assert outcome.code == 0, outcome.err
+    files = read(tmp_path / "part.zip")
+    assert [line.split("\t")[0] for line in files["CoLA.tsv"]] == ["index", "0", "1", "2", "3"]
+    assert set(files) == {"CoLA.tsv"}
+    assert "left out: SST-2.tsv (the model has no task sst2)" in outcome.err
+    assert f"MNLI-mm.tsv (no test_mismatched rows in {data / 'mnli'})" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--glue_zip", "ZIP", "--task", "cola"], "--task does not go with --glue_zip"),
+        (["--glue_zip", "ZIP", "--text", "a cat"], "--text does not go with --glue_zip"),
+        (["--superglue_zip", "ZIP"], "nothing to write: BoolQ.jsonl (the model has no task boolq)"),
+        (["--glue_zip", "ZIP", "--split", "dev"], "nothing to write: CoLA.tsv (no dev rows in"),
+        (["--task", "cola", "--split", "test"], "--split belongs to --glue_zip or --superglue_zip"),
+        (["--glue_zip", "ZIP", "--split", "twice"], "idx 3 stands in several rows"),
+        (["--glue_zip", "ZIP", "--split", "odd"], "row 1: idx is 'x'; accepted: a whole number"),
+    ],
+)
+def test_refused(trained, tmp_path: Path, flags: list[str], message: str) -> None:
+    data, target = tmp_path / "data", tmp_path / "new.zip"
+    write_jsonl(data / "cola" / "twice.jsonl", [{"sentence": text, "idx": 3} for text in TEXTS])
+    write_jsonl(data / "cola" / "odd.jsonl", [{"sentence": "the cat", "idx": "x"}])
+    outcome = submit(trained.folder, data, *(flag.replace("ZIP", str(target)) for flag in flags))
+    assert outcome.code == 2, outcome.err
+    assert message in outcome.error_line
+    assert not target.exists()
