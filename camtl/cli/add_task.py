@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """
 Teach a trained model one or more new tasks. The encoder and the tasks it has are those of RUN; each new task
 gets a row of the task embedding and a head. By default only these are trained, so that the other tasks answer
-exactly as before. Ends with an evaluation of the new tasks, and a folder with all tasks that `camtl predict`
+as before. Ends with an evaluation of the new tasks, and a folder with all tasks that `camtl predict`
 and `camtl eval` read. RUN itself is not changed.
 """
 _EXAMPLES = (
