@@ -225,9 +225,10 @@ def _own_tokenizer(model: Any, base: Mapping[str, Any]) -> Any:
         own = model.tokenizer
     except UsageError:
         return None
-    place = {key: base[key] for key in _PLACE if key in base}
+    if any(key in base for key in _PLACE):  # a tokenizer is found by name alone
+        return own
     try:
-        theirs = AutoTokenizer.from_pretrained(resolve_encoder(str(base["name"])), **place)
+        theirs = AutoTokenizer.from_pretrained(resolve_encoder(str(base["name"])))
     except (OSError, ValueError):
         return own
     return None if _reading(own) == _reading(theirs) else own

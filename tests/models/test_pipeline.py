@@ -133,6 +133,14 @@ def test_from_a_folder_whole_or_small(model, tokenizer, tmp_path, make_bert):
     assert pipe(TEXTS) == want
 
 
+def test_a_loaded_model_goes_to_the_best_device(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("camtl.models.pipelines._best_device", lambda: torch.device("meta"))
+    model.save_pretrained(tmp_path)
+    assert camtl.pipeline("mid", model=tmp_path).device.type == "meta"
+    assert camtl.pipeline("mid", model=tmp_path, device="cpu").device.type == "cpu"
+    assert camtl.pipeline("mid", model=model).device.type == "cpu"  # stays where it is
+
+
 def test_a_tokenizer_may_be_named(model, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "words")
     want = model.predict(TEXTS, task="mid")
@@ -178,11 +186,11 @@ def hugging_face(model, **kwargs):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_labels_by_name(model, batch_size, caplog):
+def test_labels_by_name(model, batch_size, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for name in ("zeta", "mid"):
         model.set_active_task(name)
         with caplog.at_level(logging.ERROR):
-            logging.getLogger("transformers").propagate = True
             pipe = hugging_face(model)
         assert "not supported" not in caplog.text
         assert type(pipe) is transformers.TextClassificationPipeline

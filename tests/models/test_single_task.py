@@ -109,6 +109,7 @@ def test_it_keeps_mode_freezing_dtype_and_tokenizer(make_model, tmp_path, make_b
     assert single.tokenizer is model.tokenizer
     assert single.active_task is None
     assert model.active_task == "mid"
+    assert model.single_task("mid").active_task is None
     frozen = [n for n, p in single.named_parameters() if not p.requires_grad]
     assert frozen == [n for n, p in model.named_parameters() if not p.requires_grad] != []
     single.eval().save_pretrained(tmp_path)

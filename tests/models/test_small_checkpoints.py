@@ -99,6 +99,36 @@ def test_one_number_of_the_encoder_is_a_difference(base, tmp_path):
     assert_same_weights(model, CaMtlForMultiTask.from_pretrained(tmp_path / "one"))
 
 
+def test_minus_zero_is_another_number(base, tmp_path):
+    weights = load_file(base / "model.safetensors")
+    weights["pooler.dense.bias"].zero_()
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    model = CaMtlForMultiTask.from_pretrained(base, tasks=TASKS, max_seq_length=16)
+    with torch.no_grad():
+        model.bert.pooler.dense.bias[5] = -0.0
+    model.save_pretrained(tmp_path / "small", adapter_only=True)
+    back = CaMtlForMultiTask.from_pretrained(tmp_path / "small")
+    assert back.bert.pooler.dense.bias.signbit().nonzero().tolist() == [[5]]
+
+
+def test_the_place_inside_a_repository_is_kept(base, tmp_path):
+    (tmp_path / "repository").mkdir()
+    base.rename(tmp_path / "repository" / "encoder")
+    model = make(tmp_path / "repository", subfolder="encoder", freeze="0-1")
+    model.tokenizer = BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
+    model.save_pretrained(tmp_path / "small", adapter_only=True)
+    entry = read_json(tmp_path / "small" / "config.json")["base_encoder"]
+    assert (entry["name"], entry["subfolder"]) == (str(tmp_path / "repository"), "encoder")
+    assert len(load_file(tmp_path / "small" / ADAPTER_FILE)) < len(model.state_dict())
+    back = CaMtlForMultiTask.from_pretrained(tmp_path / "small")
+    assert_same_weights(model, back)
+    assert back.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    # a small folder may itself be inside another
+    (tmp_path / "shelf").mkdir()
+    (tmp_path / "small").rename(tmp_path / "shelf" / "one")
+    assert_same_weights(model, CaMtlForMultiTask.from_pretrained(tmp_path / "shelf", subfolder="one"))
+
+
 def test_the_config_names_the_base(base, tmp_path):
     make(base).save_pretrained(tmp_path / "small", adapter_only=True)
     entry = read_json(tmp_path / "small" / "config.json")["base_encoder"]
@@ -146,6 +176,8 @@ def test_a_base_with_another_head_or_other_names_is_the_same(make_bert, tmp_path
     model.save_pretrained(tmp_path / "small", adapter_only=True)
     names = set(load_file(tmp_path / "small" / ADAPTER_FILE))
     assert "bert.pooler.dense.weight" in names  # the base has none
+    torch.manual_seed(9)
+    assert_same_weights(model, CaMtlForMultiTask.from_pretrained(tmp_path / "small"))
     back = CaMtlForMultiTask.from_pretrained(tmp_path / "small", base_model=tmp_path / "plain")
     assert_same_weights(model, back)
     assert back.config.base_encoder["name"] == str(tmp_path / "plain")
@@ -168,6 +200,9 @@ def test_a_base_in_16_bit(make_bert, tmp_path, stored):
     model.save_pretrained(tmp_path / "small", adapter_only=True)
     assert "bert.embeddings.word_embeddings.weight" not in load_file(tmp_path / "small" / ADAPTER_FILE)
     assert_same_weights(model, CaMtlForMultiTask.from_pretrained(tmp_path / "small"))
+    config = CaMtlConfig.from_pretrained(tmp_path / "small")
+    config.dtype = None  # it may not say; then it is that of the small file, not of the base
+    assert CaMtlForMultiTask.from_pretrained(tmp_path / "small", config=config).dtype == torch.float32
     half = CaMtlForMultiTask.from_pretrained(tmp_path / "small", dtype=stored)
     assert half.dtype == stored
     assert torch.equal(half.heads.weight, model.heads.weight.to(stored))
@@ -378,8 +413,9 @@ def test_the_hash_is_of_names_dtypes_shapes_and_bytes():
     assert weights_hash({"x": torch.tensor([1.0, 2.0])})[:16] == "8f80bf5ac9551543"
 
 
-def test_saving_draws_no_random_numbers_and_says_what_was_written(base, tmp_path, caplog):
-    model = make(base)
+def test_saving_draws_no_random_numbers_and_says_what_was_written(make_bert, tmp_path, caplog):
+    make_bert(BertForMaskedLM).save_pretrained(tmp_path / "base")  # it has no pooler
+    model = make(tmp_path / "base")
     state = torch.random.get_rng_state()
     with caplog.at_level(logging.INFO, logger="camtl"):
         model.save_pretrained(tmp_path / "small", adapter_only=True)
