@@ -1,10 +1,16 @@
 """Models: the configuration, the encoder and the multi-task model.
 
-Importing this package registers the classes with ``AutoConfig``, ``AutoModel`` and
-``AutoModelForSequenceClassification`` (by which Hugging Face's text-classification pipeline knows them).
+Importing this package registers the classes with ``AutoConfig``, ``AutoModel``,
+``AutoModelForSequenceClassification`` and ``AutoModelForTokenClassification`` (by which Hugging Face's
+pipelines of these names know them).
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from camtl.models.configuration import PRESETS, SWITCHES, CaMtlConfig
 from camtl.models.encoder import CaMtlModel
@@ -17,6 +23,7 @@ from camtl.models.pipelines import TaskPipeline, pipeline
 AutoConfig.register(CaMtlConfig.model_type, CaMtlConfig, exist_ok=True)
 AutoModel.register(CaMtlConfig, CaMtlModel, exist_ok=True)
 AutoModelForSequenceClassification.register(CaMtlConfig, CaMtlForMultiTask, exist_ok=True)
+AutoModelForTokenClassification.register(CaMtlConfig, CaMtlForMultiTask, exist_ok=True)
 
 __all__ = [
     "PRESETS",

@@ -107,8 +107,10 @@ class CaMtlForMultiTask(
     ) -> CaMtlOutput | tuple[Any, ...]:
         """Encode a batch in which every sequence may have its own task.
 
-        Without ``task_ids``, an active task (``set_active_task``) answers as if it were the model's only one:
-        ``logits`` are ``[B, C]``, its own outputs, and those of a regression in its labels' own scale.
+        Without ``task_ids``, the active task (``set_active_task``), or the only one, answers alone:
+        ``logits`` are ``[B, C]``, its own outputs, and those of a regression in its labels' own scale. Of a
+        task that reads tokens they are ``[B, S, C]``, 0 at padding, and every real token counts where
+        ``token_marks`` are left out. ``token_logits`` have the task's own outputs alone.
 
         Args:
             input_ids: int64 ``[B, S]``, or packed ``[N]`` with ``cu_seqlens``.
@@ -142,13 +144,19 @@ class CaMtlForMultiTask(
                 device; else no token counts, and such tasks count as absent).
         """
         source = input_ids if input_ids is not None else inputs_embeds
-        alone = self.active_task if task_ids is None else None
+        alone = self.config.labelled_task() if task_ids is None else None
         if task_ids is None and source is not None:
             sequences = source.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             task_ids = torch.full(
                 (sequences,), self.default_task_id(), dtype=torch.int64, device=source.device
             )
         inputs = None
+        if token_marks is None and source is not None and alone is not None and self._reads_tokens(alone):
+            token_marks = torch.ones(
+                source.shape if input_ids is not None else source.shape[:-1],
+                dtype=torch.int64,
+                device=source.device,
+            )
         if source is not None and task_ids is not None:
             inputs = self._token_inputs(
                 source,
@@ -182,7 +190,7 @@ class CaMtlForMultiTask(
             attentions=encoded.attentions,
         )
         if alone is not None and result.logits is not None:
-            result.logits = self.own_logits(result.logits, alone)
+            result.logits, result.token_logits = self.own_logits(result.logits, result.token_logits, alone)
         return (
             result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
         )

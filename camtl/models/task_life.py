@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,21 +46,38 @@ class TaskLifeMixin(SingleTaskMixin):
 
         To Hugging Face's own code the model then is one of that task alone: ``config.num_labels``,
         ``id2label``, ``label2id`` and ``problem_type`` are the task's, and so are the logits that ``forward``
-        gives without ``task_ids``.
+        gives without ``task_ids`` (a label for every token where the task reads tokens).
         """
         if name is not None:
             self.config.task_index(name)
         self._active_task = name
         self.config.choose_labels(name)
 
-    def own_logits(self: Any, logits: torch.Tensor, name: str) -> torch.Tensor:
-        """``[B, C_max]`` to the task's own ``[B, C]``; those of a regression in its labels' scale."""
+    def own_logits(
+        self: Any, logits: torch.Tensor, token_logits: torch.Tensor | None, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What all heads give, as a model of one task gives it.
+
+        ``logits`` ``[B, C_max]`` become the task's own ``[B, C]``, of a regression in its labels' scale;
+        ``token_logits`` ``[B, S, C_max]`` its own ``[B, S, C]``, None if it has none there. Of a task that
+        reads tokens these are its logits too, 0 instead of -inf at padding, where a softmax would be NaN.
+        """
         info = self.config.task_info[self.config.task_index(name)]
-        own = logits[:, : info["num_labels"]]
-        if info["loss"] != "mse":
-            return own
-        mean, deviation = self.label_scale(name)
-        return own * deviation + mean
+        size = info["num_labels"]
+        if info["reads"] not in PER_TOKEN:
+            own = logits[:, :size]
+            if info["loss"] == "mse":
+                mean, deviation = self.label_scale(name)
+                own = own * deviation + mean
+            return own, None
+        assert token_logits is not None
+        token_logits = token_logits[..., :size]
+        if info["reads"] == "tokens":
+            logits = token_logits.masked_fill(token_logits == -math.inf, 0.0)
+        return logits, token_logits
+
+    def _reads_tokens(self, name: str) -> bool:
+        return bool(self.config.task_info[self.config.task_index(name)]["reads"] == "tokens")
 
     def default_task_id(self) -> int:
         """The id of the active task, or of the only task; ValueError if neither exists."""

@@ -87,8 +87,11 @@ def test_one_task_alone_answers_as_among_the_others(make_model, make_batch, tmp_
     assert single.bert.config is single.config
     assert single.config.task_info == [model.config.task_info[model.config.task_index(name)]]
     assert single.label_scale(name) == model.label_scale(name)
+    ids = torch.zeros(len(want), dtype=torch.int64)
     with torch.no_grad():
-        torch.testing.assert_close(single(**given).logits, want, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(single(**given, task_ids=ids).logits, want, rtol=1e-12, atol=1e-12)
+        mean, deviation = single.label_scale(name)  # without ids the only task answers alone
+        torch.testing.assert_close(single(**given).logits, want * deviation + mean, rtol=1e-12, atol=1e-12)
     # one row of every table, and a model of its own
     assert all(len(rows) == 1 for rows in single.bert.tables().values())
     assert single.heads.weight.shape[0] == want.shape[1]
