@@ -26,6 +26,7 @@ class Prediction(NamedTuple):
     logits: Tensor
     token_logits: Tensor | None
     entropy: Tensor
+    present: Tensor | None
 
 
 class TokenInputs(NamedTuple):
@@ -148,9 +149,9 @@ class TaskHeadsMixin:
             features = F.dropout(pooled, self.head_dropout_p, self.training)
             losses, logits, entropy = self.heads(features, task_ids, self._targets(labels, task_ids))
             if labels is None:
-                return Prediction(None, None, logits, None, entropy)
+                return Prediction(None, None, logits, None, entropy, None)
             present = _tasks_present(losses.shape[0], task_ids)
-            return Prediction(_mean_over(losses, present), losses, logits, None, entropy)
+            return Prediction(_mean_over(losses, present), losses, logits, None, entropy, present)
 
         hidden, inputs, places = _rows_alike(encoded, inputs)
         features = pooled
@@ -187,13 +188,13 @@ class TaskHeadsMixin:
         assert losses is not None
         token_logits = None if tokens is None else tokens.logits
         if labels is None and (inputs.labels is None or tokens is None):
-            return Prediction(None, None, logits, token_logits, entropy)
+            return Prediction(None, None, logits, token_logits, entropy, None)
         present = _tasks_present(losses.shape[0], task_ids)
         if tokens is not None:
             if labels is None:
                 present = torch.zeros_like(present)
             present = torch.where(self._tells(*PER_TOKEN, device=hidden.device), tokens.labelled > 0, present)
-        return Prediction(_mean_over(losses, present), losses, logits, token_logits, entropy)
+        return Prediction(_mean_over(losses, present), losses, logits, token_logits, entropy, present)
 
     def _tells(self, *reads: str, device: torch.device) -> Tensor:
         """Bool ``[T]``: which tasks read one of these."""

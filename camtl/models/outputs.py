@@ -50,6 +50,7 @@ class CaMtlOutput(ModelOutput):
         entropy: ``[B]``, the normalised entropy of each prediction.
         pooled_output: ``[B, D]``.
         hidden_states, attentions: as in :class:`CaMtlModelOutput`, on request.
+        present: bool ``[T]``, the tasks that ``loss`` is the mean over; None without labels.
     """
 
     loss: Tensor | None = None
@@ -60,3 +61,4 @@ class CaMtlOutput(ModelOutput):
     pooled_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    present: Tensor | None = None

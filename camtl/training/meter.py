@@ -42,10 +42,10 @@ class TrainingMeter:
         self._seen += seen
         self._rows.scatter_add_(0, task_ids.long(), torch.ones_like(task_ids, dtype=torch.long))
 
-    def losses(self, loss_per_task: Tensor, task_ids: Tensor) -> None:
-        """Add a batch's ``loss_per_task`` [T] (0 where absent)."""
+    def losses(self, loss_per_task: Tensor, present: Tensor) -> None:
+        """Add a batch's ``loss_per_task`` [T], 0 where ``present`` [T] says that the task has none."""
         self._loss += loss_per_task.detach().to(self._loss.dtype)
-        self._present.add_(torch.zeros_like(self._present).index_fill_(0, task_ids.long(), 1.0))
+        self._present += present.to(self._present.dtype)
 
     # -- time
     def start(self) -> None:
@@ -93,7 +93,7 @@ class TrainingMeter:
     def interval(self, reduce: Reduce) -> dict[str, float]:
         """Figures since the last call, over all ranks.
 
-        ``loss_<task>``: mean over the steps that had rows of the task; with scoring also
+        ``loss_<task>``: mean over the steps that had labels of the task; with scoring also
         ``train_share_<task>``: its share of the rows trained on.
         """
         loss, present, rows = (

@@ -252,7 +252,7 @@ class CaMtlTrainer(CheckpointingTrainer):
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if model.training:
-            self.meter.losses(outputs["loss_per_task"], inputs["task_ids"])
+            self.meter.losses(outputs["loss_per_task"], outputs["present"])
             if self._observer is not None:
                 self._observer.add(outputs["loss_per_task"])
         return (loss, outputs) if return_outputs else loss

@@ -159,6 +159,7 @@ def test_which_tasks_are_present(make_model, mixed):
     no_tags["token_labels"][[1, 5]] = -100  # as of rows without labels
     out = model(**no_tags)
     assert out.loss_per_task[0] == 0
+    assert out.present.tolist() == [False, True, True, True, False, True]
     torch.testing.assert_close(out.loss, full.loss_per_task[1:].sum() / 4)
     pooled_only = model(**{k: v for k, v in batch.items() if k != "token_labels"})
     torch.testing.assert_close(pooled_only.loss, full.loss_per_task[[1, 2]].sum() / 2)
@@ -167,6 +168,7 @@ def test_which_tasks_are_present(make_model, mixed):
     neither = model(**{k: v for k, v in batch.items() if k not in ("labels", "token_labels")})
     assert neither.loss is None
     assert neither.loss_per_task is None
+    assert neither.present is None
     torch.testing.assert_close(neither.entropy, full.entropy)
 
 

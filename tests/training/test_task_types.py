@@ -250,3 +250,41 @@ def test_logits_of_places_are_not_decoded_alone(trained):
 def test_entries_that_are_no_rows(trained, task, entry, said):
     with pytest.raises(UsageError, match=said):
         trained.model.predict([entry], task=task)
+
+
+def test_steps_without_a_label_are_no_part_of_a_mean(make_model, tokenizer, tmp_path):
+    """A row whose answer fits into no window has no loss: a step of such rows says nothing of the task."""
+    answers = TYPES[3]
+    rows = rows_of(answers, 20).to_list()
+    for row in rows[::2]:
+        row["answers"] = {"text": [row["context"]], "answer_start": [0]}
+    model = make_model(tasks=[TYPES[0], answers])
+    trainer = CaMtlTrainer(
+        model,
+        CaMtlTrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=1, max_steps=40, logging_steps=40,
+            sampler="uniform", save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+        ),
+        train_dataset={"tone": rows_of(TYPES[0], 20), "answers": Dataset.from_list(rows)},
+        processing_class=tokenizer,
+    )  # fmt: skip
+    losses: dict[int, list[float]] = {0: [], 1: []}
+    steps, original = [], trainer.compute_loss
+
+    def record(model: Any, inputs: Any, **kwargs: Any) -> Any:
+        loss, outputs = original(model, inputs, **{**kwargs, "return_outputs": True})
+        tasks = set(inputs["task_ids"].tolist())
+        labelled = tasks & {0}
+        if "token_labels" in inputs and (inputs["token_labels"] > 0).any():
+            labelled.add(1)
+        steps.append((tasks, labelled))
+        for task in labelled:
+            losses[task].append(outputs.loss_per_task[task].item())
+        return loss
+
+    trainer.compute_loss = record
+    trainer.train()
+    assert any(tasks != labelled for tasks, labelled in steps)
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    for name, values in (("tone", losses[0]), ("answers", losses[1])):
+        assert entry[f"loss_{name}"] == pytest.approx(sum(values) / len(values), rel=1e-5)
