@@ -1,6 +1,5 @@
-"""Tensors as kernels read them: rows, contiguous tables, whole addresses; integers that travel with a launch.
-
-Shared by all kernel launchers.
+"""What ops, modules and kernel launchers share: rows of packed batches, integers of the host without a copy,
+and tensors as kernels read them (rows, contiguous tables, whole addresses).
 """
 
 from __future__ import annotations
@@ -15,6 +14,51 @@ from torch import Tensor
 def acc_dtype(x: Tensor) -> torch.dtype:
     """What x is computed in: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether products on this device run in autocast's dtype; False where the device has none (meta)."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products keep the dtype chosen for them, also under autocast; nothing where that is off, or unknown to
+    the device (meta).
+    """
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
+
+
+def sequence_of_row(cu_seqlens: Tensor, N: int) -> Tensor:
+    """[N]: the sequence of each packed row; B for the rows that belong to none. Empty ones own no row.
+
+    ``cu_seqlens`` [B + 1] int32; the result is int64.
+    """
+    rows = torch.arange(N, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+
+
+def host_ints(values: Sequence[int], device: torch.device) -> Tensor:
+    """Small host integers >= 0 as an int64 tensor ``[len(values)]``, without a copy from the host."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    return ints_from_scalars(values, device)
+
+
+def ints_from_scalars(values: Sequence[int], device: torch.device) -> Tensor:
+    """:func:`host_ints` where the host's memory is not the device's.
+
+    A copy from the host waits for a GPU, and cannot be captured in a CUDA graph. A scalar can: it travels as
+    a kernel argument. So the values ride in the bits of as few scalars as they need (24 tasks of up to 3
+    classes: one).
+    """
+    bits = _bits(max(values))
+    per_word = 62 // bits
+    lanes = torch.arange(per_word, device=device) * bits
+    words = []
+    for start in range(0, len(values), per_word):
+        word = sum(int(v) << (bits * i) for i, v in enumerate(values[start : start + per_word]))
+        words.append(torch.full((per_word,), word, dtype=torch.int64, device=device) >> lanes)
+    return (torch.cat(words) & ((1 << bits) - 1))[: len(values)]
 
 
 def acc(value: Tensor, x: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from camtl import ops
+from camtl._tensors import sequence_of_row
 from camtl.fusing._state import fall_back
 from camtl.ops._checks import FLOATS, readable
-from camtl.ops.reference import sequence_of_row
 
 NAME = "camtl"
 

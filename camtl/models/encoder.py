@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
+from camtl._tensors import sequence_of_row
 from camtl.errors import UsageError
 from camtl.models import packing
 from camtl.models.configuration import CaMtlConfig
@@ -25,7 +26,6 @@ from camtl.models.outputs import CaMtlModelOutput
 from camtl.models.small_checkpoints import ADAPTER_FILE, save_small
 from camtl.nn import ConditionalAlignment, ConditionalBottleneck, FiLMLinear, HyperNetwork
 from camtl.ops import _checks
-from camtl.ops.reference import sequence_of_row
 
 
 class CaMtlPreTrainedModel(LoadingMixin, FreezingMixin, PreTrainedModel):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from camtl._tensors import host_ints
 from camtl.models.initialisation import initialise
 from camtl.models.outputs import CaMtlModelOutput
 from camtl.models.task_info import NEEDS_MARKS, PER_TOKEN
 from camtl.nn import SpanPooler, StackedHeads, TokenHeads, TokenOutput
 from camtl.ops._checks import readable
-from camtl.ops.reference import _host_ints
 
 
 class Prediction(NamedTuple):
@@ -198,7 +198,7 @@ class TaskHeadsMixin:
 
     def _tells(self, *reads: str, device: torch.device) -> Tensor:
         """Bool ``[T]``: which tasks read one of these."""
-        return _host_ints([int(info["reads"] in reads) for info in self.config.task_info], device) != 0
+        return host_ints([int(info["reads"] in reads) for info in self.config.task_info], device) != 0
 
     def _targets(self, labels: Tensor | None, task_ids: Tensor) -> Tensor | None:
         """Labels as the stacked heads take them: standardised, and as wide as the widest head where a task

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from camtl._tensors import sequence_of_row
 from camtl.ops import backend_report
 from camtl.ops._checks import readable
-from camtl.ops.reference import sequence_of_row
 
 
 class PackedBatch(NamedTuple):

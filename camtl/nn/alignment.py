@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from camtl._tensors import sequence_of_row
 from camtl.nn.film import FiLM, check_tables, row_per_sequence
-from camtl.ops.reference import sequence_of_row
 
 
 class ConditionalAlignment(FiLM):

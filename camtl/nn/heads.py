@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from camtl import ops
+from camtl._tensors import host_ints
 from camtl.ops import _checks
-from camtl.ops.reference import _host_ints
 
 
 class StackedRows(nn.Linear):
@@ -87,7 +87,7 @@ class StackedHeads(StackedRows):
         # parameter: its loss is 0 for the label 0.
         own = [t for t, size in enumerate(self.sizes) if size]
         kinds = self.loss_types or ["mse" if size == 1 else "ce" for size in self.sizes]
-        number = _host_ints([own.index(t) if t in own else len(own) for t in range(len(self.sizes))],
+        number = host_ints([own.index(t) if t in own else len(own) for t in range(len(self.sizes))],
                             features.device)  # fmt: skip
         heads = number.index_select(0, task_ids)
         elsewhere = heads == len(own)

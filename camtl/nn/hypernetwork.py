@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from camtl._tensors import without_autocast
 from camtl.nn.bottleneck import ConditionalBottleneck
 from camtl.nn.film import FiLMLinear
-from camtl.ops.reference import without_autocast
 
 
 class _Snapshot:

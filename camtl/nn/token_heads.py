@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from camtl._tensors import acc_dtype
+from camtl._tensors import acc_dtype, host_ints, sequence_of_row, without_autocast
 from camtl.nn.heads import StackedRows
 from camtl.ops import _checks
-from camtl.ops.reference import _host_ints, sequence_of_row, without_autocast
 
 _READS = ("tokens", "positions")
 
@@ -121,7 +120,7 @@ class TokenHeads(StackedRows):
                 self._check_labels(token_labels, task_ids)
 
         z = self._scores(x, task_ids, places, S)
-        sizes = _host_ints(self.sizes, x.device).index_select(0, task_ids)  # [B]
+        sizes = host_ints(self.sizes, x.device).index_select(0, task_ids)  # [B]
         columns = torch.arange(z.shape[2], device=x.device) < sizes.unsqueeze(1)  # [B, C_max]
         loss, entropy = z.new_zeros(B), z.new_zeros(B)
         labelled = torch.zeros(B, dtype=torch.int64, device=x.device)
@@ -130,7 +129,7 @@ class TokenHeads(StackedRows):
             here = [int(r == kind and size > 0) for r, size in zip(self.reads, self.sizes, strict=True)]
             if not any(here):
                 continue
-            is_kind = _host_ints(here, x.device).index_select(0, task_ids) != 0  # [B]
+            is_kind = host_ints(here, x.device).index_select(0, task_ids) != 0  # [B]
             if kind == "positions":
                 shown = shown & (marked | ~is_kind.unsqueeze(1)).unsqueeze(2)
             found = part(z, columns, sizes, marked & is_kind.unsqueeze(1), token_labels)
@@ -148,7 +147,7 @@ class TokenHeads(StackedRows):
         acc, B = acc_dtype(x), task_ids.shape[0]
         with without_autocast(x.device):
             every = F.linear(x.to(acc), self.weight.to(acc), self.bias.to(acc))
-        first = _host_ints([self.rows(t).start for t in range(len(self.sizes))], x.device)
+        first = host_ints([self.rows(t).start for t in range(len(self.sizes))], x.device)
         columns = torch.arange(max(self.sizes), device=x.device)
         columns = first.index_select(0, task_ids).unsqueeze(1) + columns
         columns = columns.clamp(max=every.shape[-1] - 1)  # [B, C_max]

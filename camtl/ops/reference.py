@@ -21,7 +21,6 @@ Arguments are those of the public functions of the same names, which also check 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -29,33 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from camtl._tensors import autocast_is_on, host_ints, sequence_of_row, without_autocast
 from camtl.ops._dropout import dropout
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _autocast_is_on(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Products keep the dtype the op chose for them, also under autocast; nothing where that is off, or
-    unknown to the device (meta).
-    """
-    if _autocast_is_on(device):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def sequence_of_row(cu_seqlens: Tensor, N: int) -> Tensor:
-    """[N]: the sequence of each packed row; B for the rows that belong to none. Empty ones own no row.
-
-    ``cu_seqlens`` [B + 1] int32; the result is int64.
-    """
-    rows = torch.arange(N, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
 
 
 def _owned(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -216,7 +194,7 @@ def conditional_attention(
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A product in x's dtype, or in autocast's where that is on."""
-    if _autocast_is_on(x.device):
+    if autocast_is_on(x.device):
         return F.linear(x, weight, bias)
     return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
@@ -251,29 +229,6 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x.to(acc) + bias.to(acc)).to(x.dtype)
 
 
-def _ints_from_scalars(values: Sequence[int], device: torch.device) -> Tensor:
-    """Small host integers >= 0 as an int64 tensor, without a copy from the host.
-
-    Such a copy waits for a GPU, and cannot be captured in a CUDA graph. A scalar can: it travels as a kernel
-    argument. So the values ride in the bits of as few scalars as they need (24 tasks of up to 3 classes:
-    one).
-    """
-    bits = max(1, max(values).bit_length())
-    per_word = 62 // bits
-    lanes = torch.arange(per_word, device=device) * bits
-    words = []
-    for start in range(0, len(values), per_word):
-        word = sum(int(v) << (bits * i) for i, v in enumerate(values[start : start + per_word]))
-        words.append(torch.full((per_word,), word, dtype=torch.int64, device=device) >> lanes)
-    return (torch.cat(words) & ((1 << bits) - 1))[: len(values)]
-
-
-def _host_ints(values: Sequence[int], device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.tensor(values, dtype=torch.int64, device=device)
-    return _ints_from_scalars(values, device)
-
-
 def multitask_loss(
     features: Tensor,
     head_weight: Tensor,
@@ -293,14 +248,12 @@ def multitask_loss(
     with without_autocast(device):
         every = F.linear(features.to(acc), head_weight.to(acc), head_bias.to(acc))  # [B, C_total]
 
-    sizes = _host_ints(head_sizes, device)
+    sizes = host_ints(head_sizes, device)
     C, first = (
         sizes[task_ids],
         (sizes.cumsum(0) - sizes)[task_ids],
     )  # [B]: classes of the own task, its first row
-    mse, bce = (
-        _host_ints([kind == name for kind in kinds], device)[task_ids] != 0 for name in ("mse", "bce")
-    )
+    mse, bce = (host_ints([kind == name for kind in kinds], device)[task_ids] != 0 for name in ("mse", "bce"))
     column = torch.arange(C_max, device=device)
     own = column < C[:, None]  # [B, C_max]
     z = every.gather(1, (first[:, None] + column).clamp(max=every.shape[1] - 1))
@@ -362,13 +315,13 @@ def select_uncertain(
         position = position.scatter(
             0, task_ids * M + rank, torch.arange(M, device=device)
         )  # of each task's i-th
-        donor = _host_ints([u + 1 for u in borrow], device)[task_ids] - 1
+        donor = host_ints([u + 1 for u in borrow], device)[task_ids] - 1
         has_donor = (donor >= 0) & (rank < count[donor.clamp(min=0)])
         scores = torch.where(has_donor, scores[position[donor.clamp(min=0) * M + rank]], scores)
 
     order = torch.sort(scores, descending=True, stable=True).indices
     if reserve is not None:
-        spare = rank >= _host_ints(reserve, device)[task_ids]
+        spare = rank >= host_ints(reserve, device)[task_ids]
         order = order[
             torch.sort(spare[order].to(torch.int8), stable=True).indices
         ]  # reserved first, then the best

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from camtl import _tensors, ops
-from camtl.ops.reference import _ints_from_scalars
 
 from .test_multitask_loss import heads, random_labels
 
@@ -20,7 +19,10 @@ pytestmark = pytest.mark.usefixtures("backend")
     [[1, 3, 2], [0, 0], [2] * 24 + [3], [1] * 200, [30522, 2, 9], [2**40, 1, 0, 7], [5], list(range(100))],
 )
 def test_host_ints_ride_in_scalars(values):
-    assert _ints_from_scalars(values, torch.device("cpu")).tolist() == values
+    device = torch.device("cpu")
+    assert _tensors.ints_from_scalars(values, device).tolist() == values
+    assert _tensors.host_ints(values, device).tolist() == values
+    assert _tensors.host_ints(values, torch.device("meta")).shape == (len(values),)
 
 
 @pytest.mark.parametrize(
