@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from camtl.errors import UsageError
 from camtl.models.loading import load_tokenizer
 from camtl.models.packing import packs
-from camtl.tasks.types import Outputs
-from camtl.tasks.view import TaskView
+
+if TYPE_CHECKING:
+    from camtl.tasks.types import Outputs
+    from camtl.tasks.view import TaskView
 
 Text = str | tuple[str, ...] | list[str] | dict[str, Any]
 #: What heads read that answer with places in the text.
@@ -51,6 +53,8 @@ class PredictionMixin:
         regression: ``{"score"}``, in the labels' original scale. Tasks whose answers are places in the text
         need it: :meth:`predict`.
         """
+        from camtl.tasks.types import Outputs
+
         info = self.config.task_info[self.config.task_index(task)]
         if info.get("reads", "pooled") in BY_TOKEN:
             raise UsageError(f"task {task!r}: its answers are places in the text; use predict")
@@ -58,9 +62,14 @@ class PredictionMixin:
         return self._decode(task, Outputs(logits=own))
 
     def _decode(self: Any, task: str, outputs: Outputs) -> list[dict[str, Any]]:
-        view = TaskView.from_config(self.config.task_info[self.config.task_index(task)])
+        view = self._view(task)
         mean, deviation = self.label_scale(task)
-        return view.task_type.decode(replace(outputs, mean=mean, deviation=deviation), view)  # type: ignore[arg-type]
+        return view.task_type.decode(replace(outputs, mean=mean, deviation=deviation), view)
+
+    def _view(self: Any, task: str) -> TaskView:
+        from camtl.tasks.view import TaskView
+
+        return TaskView.from_config(self.config.task_info[self.config.task_index(task)])
 
     @torch.no_grad()
     def predict(
@@ -84,13 +93,15 @@ class PredictionMixin:
         Raises:
             UsageError: an unknown task, an entry that is not what the task reads.
         """
+        from camtl.tasks.types import Outputs
+
         if isinstance(texts, (str, tuple, dict)):
             texts = [texts]
         name = self.config.tasks[self.default_task_id()] if task is None else task
         index = self.config.task_index(name)
         if batch_size < 1:
             raise UsageError(f"batch_size: {batch_size!r} is not accepted; accepted: 1 or more")
-        view = TaskView.from_config(self.config.task_info[index])
+        view = self._view(name)
         if not texts:
             return []
         if view.task_type.plain:
