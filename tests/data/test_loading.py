@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from camtl.data import load_task, prepare_dataset
 from camtl.errors import UsageError
 from camtl.tasks import Task, get_task, resolve_tasks
 
-SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA_DIR = Path(os.environ.get("CAMTL_DATA_DIR") or "none")
 TASK = Task(name="mood", type="classification", text_columns=["text"], labels=["bad", "good"])
 ROWS = [{"text": "x", "label": 0, "idx": 7}, {"text": "y", "label": "good", "idx": 8}]
 
@@ -140,11 +141,11 @@ def test_the_demo_needs_no_files(tmp_path):
         load_task(get_task("demo_entailment"), splits=["test"])
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no real data in {SHARED_DATA}")
+@pytest.mark.skipif(not DATA_DIR.is_dir(), reason="CAMTL_DATA_DIR names no folder of task files")
 @pytest.mark.parametrize("task", resolve_tasks("cola,mrpc,stsb,mnli,rte,wnli"), ids=lambda task: task.name)
 def test_real_files(task):
     splits = [*task.eval_splits, *(["train"] if task.name != "mnli" else [])]
-    data = load_task(task, SHARED_DATA, splits=splits)
+    data = load_task(task, DATA_DIR, splits=splits)
     expected = {
         "cola": (8551, 1043),
         "mrpc": (3668, 408),
