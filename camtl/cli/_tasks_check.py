@@ -41,8 +41,10 @@ def _check_task(task: Task, data_dir: str | None, max_errors: int) -> tuple[dict
     rows: dict[str, list[Row]] = {}
     tables = task_tables(task, data_dir)
     for split, table in tables.items():
-        good, problems = _rows(task, table, allow_unlabelled=split == "test")
+        good, problems, notes = _rows(task, table, allow_unlabelled=split == "test")
         _describe(task, f"{split}: {table.path}, {len(table):,} rows", good, problems, max_errors)
+        for note in notes:
+            print(f"  note: {note}")
         bad += len(problems)
         rows[split] = good
     if "train" in rows:
@@ -68,7 +70,7 @@ def show_columns(task: Task, data_dir: str | None) -> None:
     if data_dir is None and not task.files and not generated:
         return
     for split, table in task_tables(task, data_dir).items():
-        good, problems = _rows(task, table, allow_unlabelled=split == "test")
+        good, problems, _ = _rows(task, table, allow_unlabelled=split == "test")
         if problems:
             print(f"# {split}: {len(problems):,} rows cannot be used; see camtl tasks check {task.name}")
         if good:
@@ -128,8 +130,10 @@ def task_tables(task: Task, data_dir: str | None) -> dict[str, Table]:
     return {split: read_table(path) for split, path in files.items()}
 
 
-def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[list[Row], list[str]]:
-    """Sort a table's rows into usable ones (what is read, label or None) and messages about the others."""
+def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[list[Row], list[str], list[str]]:
+    """Sort a table's rows into usable ones (what is read, label or None) and messages about the others; the
+    third are notes on the usable ones.
+    """
     names = [*task.task_type.columns(task), task.label_column]
     if allow_unlabelled and task.label_column not in table.columns:
         names.remove(task.label_column)
@@ -141,6 +145,7 @@ def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[list[Row], 
         )
     good: list[Row] = []
     problems: list[str] = []
+    usable: dict[int, dict[str, Any]] = {}
     for number in range(len(table)):
         one = {name: [table.columns[name][number]] for name in names}
         try:
@@ -148,9 +153,13 @@ def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[list[Row], 
         except UsageError as error:
             problems.append(str(error))
         else:
-            row = {name: values[0] for name, values in prepared.items()}
-            good.append((row, row.pop(task.label_column, None)))
-    return good, problems
+            row = usable[number] = {name: values[0] for name, values in prepared.items()}
+            good.append(
+                ({name: row[name] for name in row if name != task.label_column}, row.get(task.label_column))
+            )
+    columns = {name: [row.get(name) for row in usable.values()] for name in names}
+    notes = task.task_type.notes(task, columns, lambda i: table.where(list(usable)[i]))
+    return good, problems, notes
 
 
 def _key(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
     PathLike = str | os.PathLike[str]
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_task(
@@ -76,7 +80,7 @@ def load_task(
     result = DatasetDict()
     for split in wanted:
         if split in found:
-            result[split] = _prepared(task, found[split], allow_unlabelled or split == "test")
+            result[split] = _prepared(task, found[split], split, allow_unlabelled or split == "test")
     return result
 
 
@@ -166,10 +170,16 @@ def _by_class_name(task: Task, theirs: Sequence[str], ids: Sequence[Any], source
     return [names[i] if i is not None and i >= 0 else None for i in ids]
 
 
-def _prepared(task: Task, origin: Table | Dataset, allow_unlabelled: bool) -> Dataset:
+def _prepared(task: Task, origin: Table | Dataset, split: str, allow_unlabelled: bool) -> Dataset:
     if isinstance(origin, Table):
-        return prepare_rows(task, origin.columns, origin.where, allow_unlabelled, origin.path)
-    return prepare_dataset(task, origin, allow_unlabelled)
+        where: Callable[[int], str] = origin.where
+        rows = prepare_rows(task, origin.columns, where, allow_unlabelled, origin.path)
+    else:
+        where = lambda row: f"{split} row {row + 1}"  # noqa: E731
+        rows = prepare_dataset(task, origin, allow_unlabelled)
+    for note in task.task_type.notes(task, {name: rows[name][:] for name in rows.column_names}, where):
+        logger.warning("task %r: %s", task.name, note)
+    return rows
 
 
 def _from_files(files: Mapping[str, PathLike]) -> dict[str, Table | Dataset]:

@@ -82,6 +82,21 @@ def test_check_of_test_rows_without_labels(run, tmp_path: Path, row: dict) -> No
     assert run("tasks", "check", "cola", "--data_dir", tmp_path).code == 2
 
 
+def test_check_counts_tags_that_are_repaired(run, tmp_path: Path) -> None:
+    names = get_task("wnut17").labels or ()
+    good = {"tokens": ["the", "cat"], "ner_tags": ["O", names[1]]}
+    bad = {"tokens": ["the", "cat"], "ner_tags": [names[2], "no tag"]}
+    odd = {"tokens": ["the", "cat"], "ner_tags": ["O", names[2]]}
+    write_jsonl(tmp_path / "wnut17" / "train.jsonl", [good, bad, odd, odd])
+    write_jsonl(tmp_path / "wnut17" / "validation.jsonl", [good])
+    outcome = run("tasks", "check", "wnut17", "--data_dir", tmp_path)
+    file = tmp_path / "wnut17" / "train.jsonl"
+    note = f"tags that begin an entity with I-, and count as B-: 2, in rows: 2; first: {file}, line 3"
+    assert [line for line in outcome.out.splitlines() if "note:" in line] == [f"  note: {note}"]
+    assert f"bad: {file}, line 2: task 'wnut17': word 2: tag 'no tag' is none of" in outcome.out
+    assert outcome.code == 2
+
+
 def test_check_of_regression_labels(run, data_dir: Path) -> None:
     outcome = run("tasks", "check", "stsb", "--data_dir", data_dir)
     assert outcome.code == 0

@@ -102,6 +102,14 @@ def test_unlabelled_rows(jsonl, tmp_path):
     assert load_task(scores, test_file=some, splits=["test"])["test"]["label"][:] == [1.5, None]
 
 
+def test_repaired_tags_are_said_with_the_first_line(jsonl, caplog):
+    task = Task(name="ner", type="tagging", text_columns=["text"], labels=["O", "B-x", "I-x"])
+    path = jsonl("a.jsonl", [{"text": "a b", "label": tags} for tags in ("B-x I-x", "O I-x", "I-x I-x")])
+    load_task(task, train_file=path)
+    note = f"tags that begin an entity with I-, and count as B-: 2, in rows: 2; first: {path}, line 2"
+    assert [record.getMessage() for record in caplog.records] == [f"task 'ner': {note}"]
+
+
 def test_regression_labels_are_floats(jsonl):
     task = Task(name="s", type="regression", text_columns=["a", "b"])
     path = jsonl("a.jsonl", [{"a": "x", "b": "y", "label": 3}, {"a": "x", "b": "y", "label": "2.5"}])

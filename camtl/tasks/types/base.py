@@ -151,6 +151,10 @@ class TaskType(ABC):
             labels.append(label)
         return labels
 
+    def notes(self, task: Task, rows: Columns, where: Where) -> list[str]:
+        """What people should know of prepared rows that can be used: a line each, with the first place."""
+        return []
+
     def encode(self, task: Task, rows: Columns, tokenizer: Any, max_length: int) -> dict[str, list[Any]]:
         """Prepared rows as token sequences: ``input_ids``, ``token_type_ids`` and what the head needs.
 

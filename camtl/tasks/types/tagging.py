@@ -81,6 +81,23 @@ class Tagging(TaskType):
                     )
         return out
 
+    def notes(self, task: Task, rows: Columns, where: Where) -> list[str]:
+        """How many tags begin an entity with I-, as in IOB1 files, and where the first one is."""
+        names = task.labels or ()
+        if not _iob2(task):
+            return []
+        counts = [
+            0 if row is None else repaired([names[tag] for tag in row])[1]
+            for row in rows.get(task.label_column, ())
+        ]
+        found = [i for i, count in enumerate(counts) if count]
+        if not found:
+            return []
+        return [
+            f"tags that begin an entity with I-, and count as B-: {sum(counts):,}, in rows: {len(found):,}; "
+            f"first: {where(found[0])}"
+        ]
+
     def encode(self, task: Task, rows: Columns, tokenizer: Any, max_length: int) -> dict[str, list[Any]]:
         """Marks are 1 at the first sub-word of each word; ``token_begin`` is the word's number."""
         words = rows[task.text_columns[0]]

@@ -171,3 +171,21 @@ def test_head_row_and_checks():
         Task(**FIELDS, labels=["DET", "NOUN"], metrics=["f1"])
     with pytest.raises(UsageError, match="names of its classes"):
         Task(**FIELDS)
+
+
+def test_repaired_gold_tags_are_noted(prepared):
+    given = [
+        row(),
+        row("a b c d", "I-per I-per O I-loc"),
+        row("a b", None),
+        row("a b c", "B-per I-loc I-per"),
+        row("a b", "B-loc I-loc"),
+    ]
+    rows = prepared(NER, given, allow_unlabelled=True)
+    (note,) = NER.task_type.notes(NER, rows, lambda i: f"rows.jsonl, line {i + 1}")
+    assert note == (
+        "tags that begin an entity with I-, and count as B-: 4, in rows: 2; first: rows.jsonl, line 2"
+    )
+    assert NER.task_type.notes(NER, prepared(NER, given[:1]), str) == []
+    assert NER.task_type.notes(NER, {"tokens": [["a"]]}, str) == []
+    assert POS.task_type.notes(POS, {"tokens": [["a"]], "tags": [[1]]}, str) == []  # no entities
