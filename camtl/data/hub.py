@@ -80,9 +80,36 @@ def load_from_hub(
     for split in splits:
         theirs = source.splits.get(split, split)
         if theirs in everything:
-            rows = everything[theirs]
+            rows = _as_ours(task, everything[theirs], name)
             found[split] = rows if split.startswith("test") else _labelled(task, rows, split)
     return found
+
+
+def _as_ours(task: Task, rows: Dataset, name: str) -> Dataset:
+    """The rows with the task's names of columns and classes, as its source translates them."""
+    import datasets
+
+    source = task.source
+    assert source is not None
+    if source.columns:
+        missing = [theirs for theirs in source.columns.values() if theirs not in rows.column_names]
+        if missing:
+            raise UsageError(
+                f"task {task.name!r}: {name} on the hub has no column {missing[0]!r}; the columns there are: "
+                f"{', '.join(rows.column_names)}"
+            )
+        taken = {*source.columns, *source.columns.values()}
+        others = [column for column in rows.column_names if column not in taken]
+        rows = rows.select_columns([*source.columns.values(), *others])
+        rows = rows.rename_columns(
+            {theirs: ours for ours, theirs in source.columns.items() if ours != theirs}
+        )
+    if source.labels and task.label_column in rows.column_names:
+        columns = {column: rows[column][:] for column in rows.column_names}
+        own = source.labels
+        columns[task.label_column] = [own.get(str(label), label) for label in columns[task.label_column]]
+        rows = datasets.Dataset.from_dict(columns)
+    return rows
 
 
 def _labelled(task: Task, rows: Dataset, split: str) -> Dataset:

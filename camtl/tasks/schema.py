@@ -35,7 +35,8 @@ class Source(BaseModel):
     generator.
 
     ``splits`` maps our split names to the hub's where they differ (MNLI: validation is validation_matched
-    there).
+    there), ``columns`` the task's columns to the hub's, ``labels`` what the hub's label column holds to the
+    task's class names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +45,8 @@ class Source(BaseModel):
     config: str | None = None
     revision: str | None = None
     splits: dict[str, str] = Field(default_factory=dict)
+    columns: dict[ColumnName, ColumnName] = Field(default_factory=dict)
+    labels: dict[ClassName, ClassName] = Field(default_factory=dict)
     demo: str | None = None
 
 
@@ -114,12 +117,26 @@ class Task(BaseModel):
         if self.label_range is not None and not self.label_range[0] < self.label_range[1]:
             raise ValueError("label_range: the first number must be below the second")
         self.task_type.check(self)
+        self._check_source()
         columns = [*self.task_type.columns(self), self.label_column]
         if len(set(columns)) != len(columns):
             raise ValueError(
                 f"text_columns, label_column: each must be another column; given: {', '.join(columns)}"
             )
         return self
+
+    def _check_source(self) -> None:
+        if self.source is None:
+            return
+        read = [*self.task_type.columns(self), self.label_column]
+        for field, names, known in (
+            ("columns", list(self.source.columns), read),
+            ("labels", list(self.source.labels.values()), list(self.labels or ())),
+        ):
+            wrong = [name for name in names if name not in known]
+            if wrong:
+                there = ", ".join(known) or "it has none"
+                raise ValueError(f"source.{field}: {wrong[0]!r} is none of this task's: {there}")
 
     @property
     def task_type(self) -> TaskType:

@@ -10,7 +10,7 @@ import pytest
 
 from camtl.data import hub, load_task
 from camtl.errors import UsageError
-from camtl.tasks import get_task
+from camtl.tasks import Task, get_task
 
 
 @pytest.fixture
@@ -54,6 +54,50 @@ def test_mnli_splits_are_renamed(loaded, monkeypatch):
     assert data["train"]["label"][:] == [2]
     assert load_task(get_task("mnli"), splits=["test"])["test"]["label"][:] == [-1] * 4
     assert loaded[0] == ("nyu-mll/glue", "mnli", False)
+
+
+def stand_in(monkeypatch, splits):
+    """The hub gives these columns for each split."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
+    given = {split: datasets.Dataset.from_dict(columns) for split, columns in splits.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: given)
+
+
+QUESTIONS = Task(
+    name="questions",
+    type="classification",
+    text_columns=["sentence"],
+    labels=["place", "number"],
+    source={
+        "hub": "some/questions",
+        "columns": {"sentence": "text", "label": "coarse"},
+        "labels": {"LOC": "place", "1": "number"},
+        "splits": {"validation": "test"},
+    },
+)
+
+
+def test_columns_and_classes_of_the_hub_become_the_tasks_own(monkeypatch):
+    columns = {"text": ["a", "b", "c"], "coarse": ["LOC", "1", "LOC"], "label": [7, 8, 9], "more": [1, 2, 3]}
+    stand_in(monkeypatch, {"train": columns, "test": columns})
+    data = load_task(QUESTIONS, splits=["train", "validation", "test"])
+    for rows in data.values():
+        assert rows.column_names == ["sentence", "label"]
+        assert rows["sentence"][:] == ["a", "b", "c"]
+        assert rows["label"][:] == [0, 1, 0]
+    numbers = {"text": ["a"], "coarse": [1]}
+    stand_in(monkeypatch, {"train": numbers})
+    assert load_task(QUESTIONS)["train"]["label"][:] == [1]
+
+
+def test_a_hub_whose_columns_or_classes_have_changed(monkeypatch):
+    stand_in(monkeypatch, {"train": {"question": ["a"], "coarse": [1]}})
+    with pytest.raises(UsageError, match=r"some/questions on the hub has no column 'text'; .*question"):
+        load_task(QUESTIONS)
+    stand_in(monkeypatch, {"train": {"text": ["a"], "coarse": ["OTHER"]}})
+    with pytest.raises(UsageError, match="'OTHER' is none of"):
+        load_task(QUESTIONS)
 
 
 def test_no_network_still_uses_the_local_cache(loaded, monkeypatch):

@@ -112,3 +112,15 @@ def test_config_round_trip(name):
         "options",
     ):
         assert getattr(back, field) == getattr(task, field)
+
+
+def test_what_a_source_translates_must_be_the_tasks():
+    fields = {"name": "mood", "type": "classification", "text_columns": ["text"], "labels": ["bad", "good"]}
+    source = {"hub": "a/b", "columns": {"text": "sentence"}, "labels": {0: "good", 1: "bad"}}
+    assert Task(**fields, source=source).source.labels == {"0": "good", "1": "bad"}
+    for key, value, words in (
+        ("columns", {"words": "sentence"}, "source.columns: 'words' is none of this task's: text, label"),
+        ("labels", {"0": "fine"}, "source.labels: 'fine' is none of this task's: bad, good"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            Task(**fields, source={**source, key: value})
