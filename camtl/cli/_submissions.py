@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from camtl._io import atomic_write
 from camtl.cli._run_folder import load_trained, note, open_run, prepare_libraries, read_run, run_tasks
-from camtl.cli.predict import file_rows, pick_device
+from camtl.cli.predict import file_rows, pick_device, table_rows
 from camtl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,12 +32,17 @@ class Member:
         task: the task whose answers it holds.
         words: what is written for class 0, 1, ...; None: the answer is no class.
         suffixes: of the split's name, the first for which there are rows.
+        rows: name of a set of rows of its own, a diagnostic set, instead of the task's: the folder in
+            ``--data_dir`` and the hub's config.
+        columns: its text columns, where they have other names than the task's.
     """
 
     file: str
     task: str
     words: tuple[Any, ...] | None = None
     suffixes: tuple[str, ...] = ("",)
+    rows: str | None = None
+    columns: tuple[str, ...] | None = None
 
 
 _NUMBERS = (0, 1)
@@ -54,6 +59,7 @@ GLUE = (
     Member("QNLI.tsv", "qnli", _ENTAILMENT),
     Member("RTE.tsv", "rte", _ENTAILMENT),
     Member("WNLI.tsv", "wnli", _NUMBERS),
+    Member("AX.tsv", "mnli", _NLI, rows="ax"),
 )
 SUPERGLUE = (
     Member("BoolQ.jsonl", "boolq", ("false", "true")),
@@ -64,6 +70,8 @@ SUPERGLUE = (
     Member("RTE.jsonl", "rte", _ENTAILMENT),
     Member("WiC.jsonl", "wic", ("false", "true")),
     Member("WSC.jsonl", "wsc", ("False", "True")),
+    Member("AX-b.jsonl", "rte", _ENTAILMENT, rows="axb"),
+    Member("AX-g.jsonl", "rte", _ENTAILMENT, rows="axg", columns=("premise", "hypothesis")),
 )
 
 
@@ -74,20 +82,23 @@ def write_submissions(args: argparse.Namespace) -> int:
             raise UsageError(
                 f"--{name} does not go with --glue_zip or --superglue_zip, which label the rows of --data_dir"
             )
-    folder = open_run(args.run)
-    tasks = {task.name: task for task in run_tasks(folder)}
-    record = read_run(folder)
     wanted = [
-        (path, members, content)
-        for path, members, content in (
-            (args.glue_zip, GLUE, glue_file),
-            (args.superglue_zip, SUPERGLUE, superglue_file),
+        (flag, path, members, content, hub)
+        for flag, path, members, content, hub in (
+            ("--glue_zip", args.glue_zip, GLUE, glue_file, "nyu-mll/glue"),
+            ("--superglue_zip", args.superglue_zip, SUPERGLUE, superglue_file, "aps/super_glue"),
         )
         if path
     ]
+    for flag, path, *_ in wanted:
+        if not path.endswith(".zip"):
+            raise UsageError(f"{flag} {path}: the name must end in .zip")
+    folder = open_run(args.run)
+    tasks = {task.name: task for task in run_tasks(folder)}
+    record = read_run(folder)
     # Read all rows before the model is loaded: what is wrong with a file should be told at once.
     plans = [
-        (path, content, _rows(members, tasks, folder, args, record)) for path, members, content in wanted
+        (path, content, _rows(members, tasks, args, record, hub)) for _, path, members, content, hub in wanted
     ]
     prepare_libraries()
     import torch
@@ -95,11 +106,14 @@ def write_submissions(args: argparse.Namespace) -> int:
     model = load_trained(folder)
     model.to(pick_device(args.device, torch))
     model.eval()
+    archives = []
     for path, content, plan in plans:
         files = {}
         for member, rows in plan:
             answers = model.predict(rows, task=member.task, batch_size=args.batch_size)
             files[member.file] = content(member, tasks[member.task], rows, answers)
+        archives.append((path, files))
+    for path, files in archives:  # all answers are there: none of two archives is written alone
         write_zip(path, files)
         print(f"wrote {path}: {', '.join(files)}")
     return 0
@@ -108,13 +122,11 @@ def write_submissions(args: argparse.Namespace) -> int:
 def _rows(
     members: Sequence[Member],
     tasks: dict[str, Task],
-    folder: Path,
     args: argparse.Namespace,
     record: dict[str, Any],
+    hub: str,
 ) -> list[tuple[Member, list[Row]]]:
     """The rows of each file that can be made; a note names the others."""
-    from camtl.data.loading import folder_files
-
     split = args.split or "test"
     found: list[tuple[Member, list[Row]]] = []
     absent = []
@@ -125,25 +137,70 @@ def _rows(
             continue
         _check_classes(task)
         data_dir = args.data_dir or record.get("sources", {}).get(task.name, record).get("data_dir")
-        if data_dir is None:
-            raise UsageError(
-                f"say where the {split} rows are: --data_dir DIR with DIR/{task.name}/{split}.jsonl and so on"
-            )
-        if not Path(data_dir).is_dir():
-            raise UsageError(f"--data_dir {data_dir}: no such folder")
-        names = [split + suffix for suffix in member.suffixes]
-        there = (Path(data_dir) / task.name).is_dir()
-        files = folder_files(data_dir, task, names) if there else {}
-        if not files:
-            absent.append(f"{member.file} (no {names[0]} rows in {Path(data_dir) / task.name})")
-            continue
-        path = str(next(files[name] for name in names if name in files))
-        found.append((member, _numbered(file_rows(path, task), path)))
+        rows, place = _found(member, task, split, data_dir, hub)
+        if rows is None:
+            absent.append(f"{member.file} (no {split}{member.suffixes[0]} rows in {place})")
+        else:
+            found.append((member, _numbered(rows, place)))
     if not found:
         raise UsageError(f"nothing to write: {'; '.join(absent)}")
     if absent:
         note(f"left out: {'; '.join(absent)}")
     return found
+
+
+def _found(
+    member: Member, task: Task, split: str, data_dir: str | None, hub: str
+) -> tuple[list[Row] | None, str]:
+    """The rows of a file, from a folder or else from the benchmark's own set on the hub; None: there are
+    none. And where they are, or should be.
+    """
+    from camtl.data.loading import folder_files
+
+    # The rows of a diagnostic set are read as if they were the task's, under their own names.
+    own = task.model_copy(
+        update={"name": member.rows or task.name, "text_columns": member.columns or task.text_columns}
+    )
+    rows: list[Row] | None = None
+    if data_dir is None:
+        rows, place = _from_hub(member, own, split + member.suffixes[0], hub)
+    elif not Path(data_dir).is_dir():
+        raise UsageError(f"--data_dir {data_dir}: no such folder")
+    else:
+        folder = Path(data_dir) / own.name
+        names = [split + suffix for suffix in member.suffixes]
+        files = folder_files(data_dir, own, names) if folder.is_dir() else {}
+        place = str(next((files[name] for name in names if name in files), folder))
+        rows = file_rows(place, own) if files else None
+    if rows is not None and member.columns:
+        renamed = dict(zip(member.columns, task.text_columns, strict=True))
+        rows = [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
+    return rows, place
+
+
+def _from_hub(member: Member, task: Task, split: str, hub: str) -> tuple[list[Row] | None, str]:
+    """The rows of a split on the hub, whose names for it are those of the built-in task."""
+    from camtl.data.hub import load_from_hub
+    from camtl.tasks import get_task
+    from camtl.tasks.schema import Source
+
+    official = get_task(member.task).source or Source()
+    source = Source(hub=hub, config=member.rows or official.config)
+    if member.rows is None and official.hub == hub:
+        source = official
+    elif member.rows is None:  # RTE, which both benchmarks have
+        source = Source(hub=hub, config=member.task)
+    place = f"{hub} ({source.config})"
+    try:
+        found = load_from_hub(task.model_copy(update={"source": source}), [split], None).get(split)
+    except UsageError:
+        if member.rows is None:
+            raise
+        found = None  # a diagnostic set, without which the archive is complete
+    if found is None:
+        return None, place
+    columns = {name: found[name][:] for name in found.column_names}
+    return table_rows(columns, lambda i: f"{place}, row {i + 1}", place, task), place
 
 
 def _check_classes(task: Task) -> None:
@@ -267,5 +324,7 @@ def write_zip(path: str, files: dict[str, str]) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
-            archive.writestr(zipfile.ZipInfo(name), content, compress_type=zipfile.ZIP_DEFLATED)
+            entry = zipfile.ZipInfo(name)  # of 1980: no time of day
+            entry.external_attr = 0o644 << 16  # else nobody may read what is unpacked
+            archive.writestr(entry, content, compress_type=zipfile.ZIP_DEFLATED)
     atomic_write(path, buffer.getvalue())

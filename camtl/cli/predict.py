@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,19 +255,27 @@ def file_rows(path: str, task: Task) -> list[Row]:
     from camtl.data.files import read_table
 
     table = read_table(path)
+    return table_rows(table.columns, table.where, path, task)
+
+
+def table_rows(
+    table: Mapping[str, Sequence[Any]], where: Callable[[int], str], source: str, task: Task
+) -> list[Row]:
+    """The rows of columns that the task reads, and ``idx`` and ``id`` where there are such."""
     read = task.task_type.columns(task)
-    missing = [column for column in read if column not in table.columns]
+    missing = [column for column in read if column not in table]
     if missing:
         raise UsageError(
-            f"{path}: the task {task.name} reads the column{'s' if len(missing) > 1 else ''} "
-            f"{', '.join(map(repr, missing))}; the columns there are: {', '.join(table.columns)}"
+            f"{source}: the task {task.name} reads the column{'s' if len(missing) > 1 else ''} "
+            f"{', '.join(map(repr, missing))}; the columns there are: {', '.join(table)}"
         )
-    kept = [column for column in _KEPT if column in table.columns and column not in read]
-    columns = {column: table.columns[column] for column in kept}
+    kept = [column for column in _KEPT if column in table and column not in read]
+    columns = {column: table[column] for column in kept}
     columns |= task.task_type.prepare(
-        task, {column: table.columns[column] for column in read}, table.where, allow_unlabelled=True
+        task, {column: table[column] for column in read}, where, allow_unlabelled=True
     )
-    return [{column: values[number] for column, values in columns.items()} for number in range(len(table))]
+    names = list(columns)
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _flat(row: Row) -> Row:

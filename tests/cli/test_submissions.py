@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ PAIRS = {
 }
 GLUE_LABELS: dict[str, set[str]] = {
     **{key: {"0", "1"} for key in ("CoLA", "SST-2", "MRPC", "QQP", "WNLI")},
-    **{key: {"entailment", "neutral", "contradiction"} for key in ("MNLI-m", "MNLI-mm")},
+    **{key: {"entailment", "neutral", "contradiction"} for key in ("MNLI-m", "MNLI-mm", "AX")},
     **{key: {"entailment", "not_entailment"} for key in ("QNLI", "RTE")},
 }
 
@@ -97,12 +98,18 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in {*PAIRS, *GROUPS["superglue"], "cola", "sst2"}:
         write_jsonl(folder / task / "test.jsonl", rows_of(task))
     write_jsonl(folder / "mnli" / "test_mismatched.jsonl", rows_of("mnli", 3))
+    # the diagnostic sets: those of GLUE's MNLI and of SuperGLUE's RTE, one of which has other columns
+    write_jsonl(folder / "ax" / "test.jsonl", rows_of("mnli"))
+    write_jsonl(folder / "axb" / "test.jsonl", rows_of("rte", 3))
+    write_jsonl(folder / "axg" / "test.jsonl", rows_of("mnli", 2))
     return folder
 
 
 def read(path: Path) -> dict[str, list[str]]:
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
+        for entry in archive.infolist():
+            assert stat.filemode(entry.external_attr >> 16)[1:] == "rw-r--r--"
         return {name: archive.read(name).decode().splitlines() for name in archive.namelist()}
 
 
@@ -145,6 +152,7 @@ def test_glue(model: Path, rows: Path, tmp_path: Path) -> None:
     ]
     said = answers_to(model, rows, "mnli")
     assert [line.split("\t")[1] for line in files["MNLI-m.tsv"][1:]] == [said[i]["label"] for i in range(4)]
+    assert files["AX.tsv"] == files["MNLI-m.tsv"]  # the same rows
     said = answers_to(model, rows, "stsb")
     for i, line in enumerate(files["STS-B.tsv"][1:]):
         assert float(line.split("\t")[1]) == pytest.approx(min(max(said[i]["score"], 0), 5), abs=1e-3)
@@ -168,7 +176,9 @@ def test_superglue(model: Path, rows: Path, tmp_path: Path) -> None:
         "WiC.jsonl": ("wic", {"different": "false", "same": "true"}),
         "WSC.jsonl": ("wsc", {"different": "False", "same": "True"}),
     }
-    assert set(files) == {*expected, "MultiRC.jsonl"}
+    assert set(files) == {*expected, "MultiRC.jsonl", "AX-b.jsonl", "AX-g.jsonl"}
+    assert files["AX-b.jsonl"] == files["RTE.jsonl"][:3]
+    assert files["AX-g.jsonl"] == files["RTE.jsonl"][:2]
     for name, (task, words) in expected.items():
         said = answers_to(model, rows, task)
         assert len(said) == (2 if task == "record" else 4)
@@ -204,6 +214,7 @@ def test_what_is_not_there_is_left_out(trained, rows: Path, tmp_path: Path) -> N
         (["--glue_zip", "ZIP", "--text", "a cat"], "--text does not go with --glue_zip"),
         (["--superglue_zip", "ZIP"], "nothing to write: BoolQ.jsonl (the model has no task boolq)"),
         (["--glue_zip", "ZIP", "--split", "dev"], "nothing to write: CoLA.tsv (no dev rows in"),
+        (["--glue_zip", "ZIP.tsv"], "ZIP.tsv: the name must end in .zip"),
         (["--task", "cola", "--split", "test"], "--split belongs to --glue_zip or --superglue_zip"),
         (["--glue_zip", "ZIP", "--split", "twice"], "idx 3 stands in several rows"),
         (["--glue_zip", "ZIP", "--split", "odd"], "row 1: idx is 'x'; accepted: a whole number"),
@@ -215,5 +226,63 @@ def test_refused(trained, tmp_path: Path, flags: list[str], message: str) -> Non
     write_jsonl(data / "cola" / "odd.jsonl", [{"sentence": "the cat", "idx": "x"}])
     outcome = submit(trained.folder, data, *(flag.replace("ZIP", str(target)) for flag in flags))
     assert outcome.code == 2, outcome.err
-    assert message in outcome.error_line
-    assert not target.exists()
+    assert message.replace("ZIP", str(target)) in outcome.error_line
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_two_archives_are_written_together_or_not_at_all(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from camtl.models import CaMtlForMultiTask
+
+    predict = CaMtlForMultiTask.predict
+
+    def fails_at_the_end(self: Any, *given: Any, task: str, **more: Any) -> Any:
+        if task == "wsc":
+            raise MemoryError
+        return predict(self, *given, task=task, **more)
+
+    monkeypatch.setattr(CaMtlForMultiTask, "predict", fails_at_the_end)
+    flags = ("--glue_zip", tmp_path / "a.zip", "--superglue_zip", tmp_path / "b.zip")
+    assert submit(model, rows, *flags).code != 0
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert submit(model, rows, *flags).code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "b.zip"]
+
+
+def test_rows_of_the_hub(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a folder each file's rows come from its benchmark's own set; RTE from that of either."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(hub: str, config: str, **_: Any) -> dict[str, Any]:
+        asked.append((hub, config))
+        if config == "ax":
+            raise ConnectionError("no such config in the cache")
+        task = {"axb": "rte", "axg": "mnli", "stsb": "stsb", "wsc.fixed": "wsc"}.get(config, config)
+        found = datasets.Dataset.from_list(rows_of(task))
+        if config == "mnli":
+            return {"test_matched": found, "test_mismatched": found.select(range(2))}
+        return {"test": found}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    flags = ("--glue_zip", tmp_path / "a.zip", "--superglue_zip", tmp_path / "b.zip", "--device", "cpu")
+    outcome = call("predict", model, *flags)
+    assert outcome.code == 0, outcome.err
+    assert "left out: AX.tsv (no test rows in nyu-mll/glue (ax))" in outcome.err
+    for hub, config in (
+        ("nyu-mll/glue", "rte"),
+        ("aps/super_glue", "rte"),
+        ("aps/super_glue", "axg"),
+        ("aps/super_glue", "wsc.fixed"),
+    ):
+        assert (hub, config) in asked
+    hub = read(tmp_path / "a.zip") | read(tmp_path / "b.zip")
+    assert submit(model, rows, *flags[:4]).code == 0
+    folder = read(tmp_path / "a.zip") | read(tmp_path / "b.zip")
+    assert set(folder) - set(hub) == {"AX.tsv"}
+    for name in ("CoLA.tsv", "MNLI-m.tsv", "MultiRC.jsonl", "ReCoRD.jsonl", "WSC.jsonl", "RTE.jsonl"):
+        assert hub[name] == folder[name]
+    assert len(hub["MNLI-mm.tsv"]) == 3
