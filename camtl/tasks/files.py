@@ -61,25 +61,56 @@ def load_tasks_yaml(path: str | os.PathLike[str]) -> list[Task]:
     if not path.exists():
         raise UsageError(f"{path}: no such tasks file")
     content = load_yaml(path)
+    lines = _lines(path)
     entries = content.get("tasks") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{path}: expected a list of tasks, each beginning with '- name: ...'")
     tasks: list[Task] = []
     for number, entry in enumerate(entries, 1):
-        tasks.append(_entry(entry, path, number))
+        own = lines[number - 1] if number <= len(lines) else {}
+        tasks.append(_entry(entry, path, number, own))
         if any(task.name == tasks[-1].name for task in tasks[:-1]):
-            raise UsageError(f"{path}: task {tasks[-1].name!r} is there twice; names must differ")
+            line = _at(own, "name")
+            raise UsageError(f"{path}{line}: task {tasks[-1].name!r} is there twice; names must differ")
     return tasks
 
 
-def _entry(entry: Any, path: Path, number: int) -> Task:
+def _lines(path: Path) -> list[dict[str, int]]:
+    """Where the entries of a tasks file, which is YAML, are: the line of each field, and under "" the first
+    one. A file that is no list of tasks gives what there is.
+    """
+    root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
+    if isinstance(root, yaml.MappingNode):
+        root = next((value for key, value in root.value if key.value == "tasks"), None)
+    if not isinstance(root, yaml.SequenceNode):
+        return []
+    found = []
+    for node in root.value:
+        fields = node.value if isinstance(node, yaml.MappingNode) else []
+        found.append({str(key.value): key.start_mark.line + 1 for key, _ in fields})
+        found[-1][""] = node.start_mark.line + 1
+    return found
+
+
+def _at(lines: dict[str, int], field: str) -> str:
+    """``", line 7"``: where a field is, or else where its entry begins."""
+    line = lines.get(field, lines.get(""))
+    return "" if line is None else f", line {line}"
+
+
+def _entry(entry: Any, path: Path, number: int, lines: dict[str, int]) -> Task:
     if not isinstance(entry, dict):
-        raise UsageError(f"{path}, entry {number}: expected the fields of a task, given {entry!r}")
+        raise UsageError(
+            f"{path}{_at(lines, '')}, entry {number}: expected the fields of a task, given {entry!r}"
+        )
     try:
         task = Task(**{str(key): value for key, value in entry.items()})
     except UsageError as error:
         where = "" if "name" in entry else f", entry {number}"
-        raise UsageError(f"{path}{where}: {error}") from None
+        # "task 'name': field: what is wrong", the field perhaps one of several or within another
+        field = re.match(r"task .*?: ([A-Za-z_]+)[.:,]", str(error))
+        line = _at(lines, field[1] if field else "")
+        raise UsageError(f"{path}{line}{where}: {error}") from None
     if task.files:
         files = {split: str(path.parent / name) for split, name in task.files.items()}
         task = task.model_copy(update={"files": files})

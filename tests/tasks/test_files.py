@@ -21,6 +21,21 @@ tasks:
     label_range: [0, 5]
 """
 
+TWO_TASKS = """\
+- name: first
+  type: regression
+  text_columns: [a]
+
+- name: second
+  type: tagging
+  text_columns: [words]
+  labels: [O, B-x]
+  label_column: tags
+  metrics: [f1]
+  source:
+    hub: some/where
+"""
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -81,6 +96,29 @@ def test_errors_name_the_file(write, text, words):
         load_tasks_yaml(path)
     for word in [str(path), *words]:
         assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (TWO_TASKS.replace("metrics: [f1]", "metrics: [bleu]"), 10, "metrics: 'bleu' is no metric"),
+        (TWO_TASKS.replace("type: tagging", "type: nothing"), 5, "unknown task type 'nothing'"),
+        (TWO_TASKS.replace("label_column", "label_columns"), 9, "label_columns: is no field of a task"),
+        (TWO_TASKS.replace("    hub", "    hubb"), 11, "source.hubb: is no field"),
+        (TWO_TASKS.replace("  text_columns: [words]\n", ""), 5, "text_columns: is missing"),
+        (TWO_TASKS.replace("name: second", "name: first"), 5, "'first' is there twice"),
+        (TWO_TASKS + "- 3\n", 13, "entry 3: expected the fields of a task, given 3"),
+        (TWO_TASKS.replace("- name: second", "- labels: [x]"), 5, "entry 2: task '(without name)'"),
+        ("tasks:\n" + TWO_TASKS.replace("[f1]", "3"), 11, "metrics: needs a list"),
+    ],
+)
+def test_errors_name_the_line_of_the_field(write, text, line, words):
+    path = write(text)
+    with pytest.raises(UsageError) as caught:
+        load_tasks_yaml(path)
+    assert str(caught.value).startswith(f"{path}, line {line}")
+    assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
