@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: With the path of a file: the description of a Dataset that was read from it, which its parts keep.
+_ROWS_OF = "rows of "
+
 
 def load_task(
     task: Task,
@@ -174,12 +177,36 @@ def _prepared(task: Task, origin: Table | Dataset, split: str, allow_unlabelled:
     if isinstance(origin, Table):
         where: Callable[[int], str] = origin.where
         rows = prepare_rows(task, origin.columns, where, allow_unlabelled, origin.path)
+        rows.info.description = f"{_ROWS_OF}{origin.path}"
     else:
         where = lambda row: f"{split} row {row + 1}"  # noqa: E731
         rows = prepare_dataset(task, origin, allow_unlabelled)
     for note in task.task_type.notes(task, {name: rows[name][:] for name in rows.column_names}, where):
         logger.warning("task %r: %s", task.name, note)
     return rows
+
+
+def place_of(task: Task, dataset: Dataset, row: int) -> str:
+    """Where a row of a part of a file's rows was read: ``"train.jsonl, line 7"``; else ``"row 7"``.
+
+    The file is read again and the row looked up by what the task reads, so this is for messages alone.
+    """
+    number = f"row {row + 1}"
+    description = dataset.info.description or ""
+    if not description.startswith(_ROWS_OF):
+        return number
+    path = description.removeprefix(_ROWS_OF)
+    wanted = dataset[row]
+    try:
+        table = read_table(path)
+    except UsageError:  # it has gone, or changed
+        return f"{path}, {number}"
+    read = [name for name in task.task_type.columns(task) if name in wanted and name in table.columns]
+    alike = [
+        sum(str(table.columns[name][i]) == str(wanted[name]) for name in read) for i in range(len(table))
+    ]
+    best = max(alike, default=0)  # some types keep a cell in another form than the file's
+    return table.where(alike.index(best)) if best else f"{path}, {number}"
 
 
 def _from_files(files: Mapping[str, PathLike]) -> dict[str, Table | Dataset]:

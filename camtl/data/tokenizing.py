@@ -7,12 +7,14 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from camtl.data.loading import prepare_dataset
+from camtl.data.loading import place_of, prepare_dataset
 from camtl.errors import UsageError
 from camtl.tasks import Task
+from camtl.tasks.types.base import Where
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +70,7 @@ def tokenize(
     """
     if is_tokenised(dataset):
         return dataset
-    dataset = prepare_dataset(task, dataset, allow_unlabelled)
+    origin, dataset = dataset, prepare_dataset(task, dataset, allow_unlabelled)
     if len(dataset) == 0:
         raise UsageError(
             f"task {task.name!r}: no rows to tokenise{f' in {description}' if description else ''}"
@@ -84,7 +86,8 @@ def tokenize(
     cached = _read_cache(path)
     if cached is not None:
         return cached
-    batches = _tokenised(task, columns, tokenizer, max_seq_length, description=description)
+    where = partial(place_of, task, origin)
+    batches = _tokenised(task, columns, tokenizer, max_seq_length, where, description=description)
     return _write_cache(path, batches, key)
 
 
@@ -93,6 +96,7 @@ def _tokenised(
     columns: Mapping[str, Sequence[Any]],
     tokenizer: Any,
     max_seq_length: int,
+    where: Where,
     *,
     description: str,
 ) -> Iterator[dict[str, list[Any]]]:
@@ -109,7 +113,7 @@ def _tokenised(
     with bar:
         for start in range(0, rows, _BATCH):
             part = {name: values[start : start + _BATCH] for name, values in columns.items()}
-            batch = _encoded(task, part, tokenizer, max_seq_length, start)
+            batch = _encoded(task, part, tokenizer, max_seq_length, start, where)
             batch["length"] = [len(ids) for ids in batch["input_ids"]]
             if "row" in batch:
                 batch["row"] = [start + row for row in batch["row"]]
@@ -121,7 +125,12 @@ def _tokenised(
 
 
 def _encoded(
-    task: Task, part: dict[str, Sequence[Any]], tokenizer: Any, max_seq_length: int, start: int
+    task: Task,
+    part: dict[str, Sequence[Any]],
+    tokenizer: Any,
+    max_seq_length: int,
+    start: int,
+    where: Where,
 ) -> dict[str, list[Any]]:
     """Rows from number ``start`` on as sequences; :class:`UsageError` names the row that cannot be one."""
     try:
@@ -132,7 +141,7 @@ def _encoded(
                 row = {name: values[i : i + 1] for name, values in part.items()}
                 task.task_type.encode(task, row, tokenizer, max_seq_length)
             except UsageError as error:
-                raise UsageError(f"row {start + i + 1}: {error}") from None
+                raise UsageError(f"{where(start + i)}: {error}") from None
         raise
 
 
