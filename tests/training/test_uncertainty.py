@@ -197,7 +197,7 @@ def test_a_share_is_rounded_up(rows, share, places):
 
 def test_a_share_that_a_batch_has_no_room_for():
     info = [{"name": name, "loss": "ce"} for name in "abcd"]
-    with pytest.raises(UsageError, match="it must be at most 0.2$"):
+    with pytest.raises(UsageError, match=r"it must be at most 0\.2$"):
         UncertaintySelector(info, 5, min_share=0.25)
     with pytest.raises(UsageError, match="a batch needs 4 rows for that"):
         UncertaintySelector(info, 3, min_share=0.1)
