@@ -42,11 +42,15 @@ class LabelFieldsMixin:
     problem_type = _LabelField("problem_type_of")
 
     def labels_of(self: Any, task: str) -> dict[int, str]:
-        """``{number: label}`` of a task's outputs; that of a regression is called ``score``."""
+        """``{number: label}`` of a task's outputs; that of a regression is called ``score``.
+
+        Outputs that have no label each (a type of another package may want it so) are called by number.
+        """
         info = self.task_info[self.task_index(task)]
         if info["loss"] == "mse":
             return {0: "score"}
-        return {i: str(label) for i, label in enumerate(info["labels"] or range(info["num_labels"]))}
+        count, labels = info["num_labels"], info["labels"] or ()
+        return {i: str(label) for i, label in enumerate(labels if len(labels) == count else range(count))}
 
     def label_numbers_of(self, task: str) -> dict[str, int]:
         """``{label: number}`` of a task's outputs."""

@@ -43,11 +43,15 @@ class SingleTaskMixin:
     def rename_task(self: Any, old: str, new: str) -> None:
         """Call a task by another name; its id, weights and labels stay.
 
-        An unknown or a taken name raises :class:`UsageError`.
+        An unknown name, a taken one, or one that no task can have raises :class:`UsageError`.
         """
+        from camtl.tasks.names import check_task_name
+
         index = self.config.task_index(old)
-        if not isinstance(new, str) or not new:
-            raise UsageError(f"rename_task: {new!r} is not accepted; accepted: a name that is not empty")
+        try:
+            check_task_name(new)
+        except ValueError as error:
+            raise UsageError(f"rename_task: {error}") from None
         if new == old:
             return
         if new in self.config.tasks:

@@ -62,8 +62,12 @@ def describe_base(name: str, resolved: str, hub_id: str | None, family: str, **p
         hub_id: what an alias is called on the hub, so that the base can be had where the alias is unknown.
         family: the encoder's family.
         **place: ``revision`` and ``subfolder``, where given.
+
+    A folder below the working directory is found from another one too: its full path is kept as ``folder``.
     """
     base = {"name": name, "family": family}
+    if name == resolved and os.path.isdir(name) and not os.path.isabs(name):
+        base["folder"] = os.path.abspath(name)
     if name != resolved and hub_id is not None:
         base["resolved"] = hub_id
     return base | {key: str(place[key]) for key in _PLACE if place.get(key)}
@@ -134,9 +138,22 @@ def _base_of(config: Any, base_model: str | None) -> dict[str, Any]:
     return dict(config.base_encoder)
 
 
+def _is_folder(base: Mapping[str, Any]) -> bool:
+    return "folder" in base and os.path.isdir(str(base["folder"]))
+
+
+def _source_of(base: Mapping[str, Any]) -> str:
+    """Where the base's tokenizer is: a folder or a hub id."""
+    from camtl.models.loading import resolve_encoder
+
+    return str(base["folder"]) if _is_folder(base) else resolve_encoder(str(base["name"]))
+
+
 def _load_base(base: Mapping[str, Any], wanted_by: str, **hub_arguments: Any) -> dict[str, Tensor]:
     place = {key: base[key] for key in _PLACE if key in base}
     names = dict.fromkeys(str(base[key]) for key in ("name", "resolved") if key in base)
+    if _is_folder(base):
+        names = {str(base["folder"]): None}
     errors = []
     for name in names:
         try:
@@ -176,6 +193,7 @@ def save_small(
     weights = _load_base(base, "adapter_only")
     base["sha256"] = weights_hash(weights)
     state = model.state_dict() if state_dict is None else state_dict
+    _check_shapes(state, weights, str(base["name"]))
     changed = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
@@ -207,6 +225,22 @@ def save_small(
     return written
 
 
+def _check_shapes(state: Mapping[str, Tensor], base: Mapping[str, Tensor], name: str) -> None:
+    """Raise :class:`UsageError` unless the model has each tensor of the base, in its shape.
+
+    Embeddings may have got more rows (tokens of one's own).
+    """
+    for key, tensor in base.items():
+        mine = tuple(state[key].shape) if key in state else None
+        grown = mine is not None and ".embeddings." in key and mine[1:] == tuple(tensor.shape[1:])
+        if mine != tuple(tensor.shape) and not grown:
+            raise UsageError(
+                f"adapter_only: {name} is not the encoder that this model was made from: its "
+                f"{key.removeprefix(_PREFIX)} is {tuple(tensor.shape)}, "
+                + ("which the model lacks" if mine is None else f"that of the model {mine}")
+            )
+
+
 def _same(tensor: Tensor, base: Tensor | None) -> bool:
     """Whether a parameter is the base's to the last bit, in its own dtype (and -0 is not 0)."""
     if base is None or base.shape != tensor.shape:
@@ -219,8 +253,6 @@ def _own_tokenizer(model: Any, base: Mapping[str, Any]) -> Any:
     """The model's tokenizer if it is another than its base's; None if that will do, or if it has none."""
     from transformers import AutoTokenizer
 
-    from camtl.models.loading import resolve_encoder
-
     try:
         own = model.tokenizer
     except UsageError:
@@ -228,7 +260,7 @@ def _own_tokenizer(model: Any, base: Mapping[str, Any]) -> Any:
     if any(key in base for key in _PLACE):  # a tokenizer is found by name alone
         return own
     try:
-        theirs = AutoTokenizer.from_pretrained(resolve_encoder(str(base["name"])))
+        theirs = AutoTokenizer.from_pretrained(_source_of(base))
     except (OSError, ValueError):
         return own
     return None if _reading(own) == _reading(theirs) else own
@@ -284,7 +316,7 @@ def load_small(
             f"{name}: {ADAPTER_FILE} and config.json are of two models (for the bases {_short(made_for)} and "
             f"{_short(wanted)}); copy the folder again"
         )
-    base = dict(entry) if base_model is None else {"name": base_model, "family": entry["family"]}
+    base = entry if base_model is None else _base_of(config, base_model)
     reach = {key: value for key, value in (hub_arguments or {}).items() if key not in _PLACE}
     weights = _load_base(base, name, **reach)
     found = weights_hash(weights)
@@ -294,7 +326,7 @@ def load_small(
             f"{base['name']!r} has weights {_short(found)}; {_HINT}"
         )
     config = copy.copy(config)  # a caller's own stays as it was
-    config.base_encoder = entry | ({} if base_model is None else {"name": base_model})
+    config.base_encoder = base
     dtype = next((t.dtype for key, t in changed.items() if t.is_floating_point()), None)
     state = {key: value.to(dtype) for key, value in weights.items()} | changed
     want_info = kwargs.pop("output_loading_info", False)
@@ -302,9 +334,7 @@ def load_small(
     # not the path of the base, though its encoder comes from there
     model.config.name_or_path = model.name_or_path = name
     if not _has_tokenizer(name, dict(hub_arguments or {})):
-        from camtl.models.loading import resolve_encoder
-
-        model._tokenizer_source = resolve_encoder(str(base["name"]))
+        model._tokenizer_source = _source_of(base)
     return (model, info) if want_info else model
 
 

@@ -14,6 +14,8 @@ from camtl.errors import UsageError
 READS = ("pooled", "spans", "tokens", "positions")
 NEEDS_MARKS = ("spans", "tokens", "positions")
 PER_TOKEN = ("tokens", "positions")
+# Types whose labels name the outputs one by one; those of other packages may compute theirs otherwise.
+LABEL_PER_OUTPUT = ("classification", "grouped", "marked_spans", "multi_label", "regression", "tagging")
 MOST_SCORES = 31  # right answers travel as the bits of an int32
 
 
@@ -119,7 +121,7 @@ def _complete(info: dict[str, Any]) -> dict[str, Any]:
             f"task {name!r}: num_labels is {count!r}; accepted: a whole number of 1 or more, or a list of "
             "labels"
         )
-    if labels is not None and len(labels) != count:
+    if labels is not None and len(labels) != count and kind in LABEL_PER_OUTPUT:
         raise UsageError(f"task {name!r}: num_labels is {count} but {len(labels)} labels are named: {labels}")
     number = kind == "regression" or (count == 1 and reads == "pooled")
     loss = info.get("loss") or ("mse" if number else "ce")

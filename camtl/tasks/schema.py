@@ -9,9 +9,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from camtl.errors import UsageError
+from camtl.tasks.names import check_task_name
 from camtl.tasks.types import TaskType, get_task_type
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
 
 
 def _class_name(value: Any) -> Any:
@@ -90,12 +89,7 @@ class Task(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Task:
-        if not _NAME.match(self.name):
-            raise ValueError(
-                f"name: {self.name!r} cannot name a task (it becomes part of result keys and folder names); "
-                "use letters, "
-                "digits, _ and -, starting with a letter or digit"
-            )
+        check_task_name(self.name)
         least, most = self.task_type.texts
         if not least <= len(self.text_columns) <= (most or len(self.text_columns)):
             wanted = _number_of_columns(least, most)

@@ -81,7 +81,10 @@ class CaMtlTrainingArguments(TrainingArguments):
     )
     min_share: float = field(
         default=0.0,
-        metadata={"help": "Smallest share of an uncertainty batch that every task gets (0 to 1 / tasks)."},
+        metadata={
+            "help": "Smallest share of an uncertainty batch that every task gets, in whole rows, "
+            "rounded up (0 to 1 / tasks)."
+        },
     )
     max_tokens_per_batch: int | None = field(
         default=None,

@@ -8,6 +8,7 @@ model and could not be resumed. (Section 2.3 of the paper; the released code's v
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class UncertaintySelector:
         score: ``paper`` (the entropy) or ``reference`` (times the task's mean over the largest task mean).
         regression_places: ``reserve``: floor(k / T) places for each task without an entropy (its first
             candidates); ``borrow:TASK``: such tasks take TASK's scores by position.
-        min_share: places reserved for every task, as a share of k.
+        min_share: places reserved for every task, as a share of k (rounded up).
         score_dropout: score in training mode.
         score_batch_size: rows of one scoring pass; None for all.
         trained: the tasks that have candidates; None for all.
@@ -203,11 +204,12 @@ def _reserve(
 ) -> list[int] | None:
     here = [trained is None or info["name"] in trained for info in task_info]
     tasks = sum(here)
-    floor = int(min_share * batch_size)
+    floor = math.ceil(min_share * batch_size - 1e-9)  # 0.1 of 30 rows are 3, not 4
     if floor * tasks > batch_size:
+        most = batch_size // tasks / batch_size
         raise UsageError(
             f"min_share {min_share} gives each of {tasks} tasks {floor} of {batch_size} places; "
-            f"it must be at most {1 / tasks:.4g}"
+            + (f"it must be at most {most:.4g}" if most else f"a batch needs {tasks} rows for that")
         )
     own = batch_size // tasks if places == "reserve" else 0
     lacking = [none and present for none, present in zip(_without_entropy(task_info), here, strict=True)]

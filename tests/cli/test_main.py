@@ -125,7 +125,7 @@ def test_tables_are_plain_and_uncut_in_a_pipe() -> None:
     result = shell("tasks", "list", COLUMNS="80")
     assert result.returncode == 0
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["task", "answers", "texts", "metrics", "rows", "from"]
+    assert lines[0].split() == ["task", "type", "answers", "texts", "metrics", "rows", "from"]
     assert any(len(line) > 80 for line in lines)
     assert all("…" not in line and "\x1b" not in line for line in lines)
 

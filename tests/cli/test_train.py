@@ -276,6 +276,8 @@ def test_a_real_signal_ends_a_real_process_cleanly(train_flags: list[str], tmp_p
         *(sys.executable, "-m", "camtl", "train", *train_flags, "--tasks", "cola", "--max_steps", "100000"),
         *("--save_steps", "2", "--logging_steps", "1", "--output_dir", str(tmp_path)),
     ]
+    # tests started in the background of a shell ignore it, and so would their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -421,3 +421,42 @@ def test_saving_draws_no_random_numbers_and_says_what_was_written(make_bert, tmp
         model.save_pretrained(tmp_path / "small", adapter_only=True)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert "of the full model's" in caplog.text
+
+
+def test_a_base_below_the_working_directory_is_found_from_another(base, tmp_path, monkeypatch, make_batch):
+    monkeypatch.chdir(base.parent)
+    model = make("base", freeze="0-1")
+    model.save_pretrained("small", adapter_only=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    back = CaMtlForMultiTask.from_pretrained(tmp_path / "small")
+    assert_same_weights(model, back)
+    assert back.tokenizer("the cat")["input_ids"] == [2, 5, 6, 3]
+    back.save_pretrained(tmp_path / "again", adapter_only=True)  # and saved from there
+    assert_same_weights(model, CaMtlForMultiTask.from_pretrained(tmp_path / "again"))
+    # moved away it is told by the name it was given
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match=r"its base encoder cannot be used.*base.*base_model="):
+        CaMtlForMultiTask.from_pretrained(tmp_path / "small")
+    moved = CaMtlForMultiTask.from_pretrained(tmp_path / "small", base_model=tmp_path / "moved")
+    assert_same_weights(model, moved)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"num_hidden_layers": SIZES["num_hidden_layers"] + 1},
+            r"its encoder\.layer\.\d\..* which the model lacks",
+        ),
+        ({"intermediate_size": 40}, r"its .*intermediate.* that of the model \("),
+    ],
+    ids=["a layer too many", "another width"],
+)
+def test_a_base_of_another_shape_is_refused(base, make_bert, tmp_path, change, words):
+    model = make(base)
+    make_bert(**change).save_pretrained(tmp_path / "other")
+    with pytest.raises(UsageError, match=f"is not the encoder that this model was made from: {words}"):
+        model.save_pretrained(tmp_path / "small", adapter_only=True, base_model=tmp_path / "other")
+    assert not (tmp_path / "small").exists()

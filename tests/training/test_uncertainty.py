@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from camtl.data import MultiTaskCollator
+from camtl.errors import UsageError
 from camtl.models import CaMtlConfig, CaMtlForMultiTask
 from camtl.training import UncertaintySelector
 from camtl.training.uncertainty import packed_part, select_rows, trim_padding
@@ -183,6 +184,23 @@ def test_regression_task_without_a_place_is_reported(caplog, make_model):
     UncertaintySelector(make_model().config.task_info, 2)
     assert "closeness" in caplog.text
     assert "batch size of at least 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "places"),
+    [(32, 0.03, 1), (32, 0.04, 2), (30, 0.1, 3), (30, 0.1000001, 4), (30, 0.0, 0)],
+)
+def test_a_share_is_rounded_up(rows, share, places):
+    info = [{"name": name, "loss": "ce"} for name in "abc"]
+    assert UncertaintySelector(info, rows, min_share=share).reserve == ([places] * 3 if places else None)
+
+
+def test_a_share_that_a_batch_has_no_room_for():
+    info = [{"name": name, "loss": "ce"} for name in "abcd"]
+    with pytest.raises(UsageError, match=r"it must be at most 0\.2$"):
+        UncertaintySelector(info, 5, min_share=0.25)
+    with pytest.raises(UsageError, match="a batch needs 4 rows for that"):
+        UncertaintySelector(info, 3, min_share=0.1)
 
 
 def test_trimming_keeps_every_real_token():
