@@ -91,6 +91,34 @@ def test_columns_and_classes_of_the_hub_become_the_tasks_own(monkeypatch):
     assert load_task(QUESTIONS)["train"]["label"][:] == [1]
 
 
+@pytest.mark.parametrize(
+    ("name", "columns", "labels"),
+    [
+        (
+            "trec",
+            {"label": [3, 0, 44], "label_text": ["x"] * 3, "label_coarse_original": ["LOC", "DESC", "ABBR"]},
+            ["location", "description", "abbreviation"],
+        ),
+        ("subj", {"label": [0, 1, 0], "label_text": ["x"] * 3}, ["objective", "subjective", "objective"]),
+        (
+            "sst5",
+            {"label": [4, 0, 2], "label_text": ["x"] * 3},
+            ["very positive", "very negative", "neutral"],
+        ),
+    ],
+)
+def test_built_in_tasks_whose_hub_has_other_names(monkeypatch, name, columns, labels):
+    columns = {"text": ["a", "b", "c"], **columns}
+    task = get_task(name)
+    splits = ("train", "validation", "test") if name == "sst5" else ("train", "test")
+    stand_in(monkeypatch, dict.fromkeys(splits, columns))
+    data = load_task(task, splits=["train", "validation", "test"])
+    for rows in data.values():
+        assert rows.column_names == ["sentence", "label"]
+        assert rows["sentence"][:] == ["a", "b", "c"]
+        assert [task.labels[label] for label in rows["label"][:]] == labels
+
+
 def test_a_hub_whose_columns_or_classes_have_changed(monkeypatch):
     stand_in(monkeypatch, {"train": {"question": ["a"], "coarse": [1]}})
     with pytest.raises(UsageError, match=r"some/questions on the hub has no column 'text'; .*question"):
