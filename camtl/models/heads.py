@@ -135,7 +135,7 @@ class TaskHeadsMixin:
         if needy:
             raise ValueError(
                 f"token_marks is needed for sequences of {', '.join(needy)}: integers shaped like input_ids, "
-                "0 on tokens that do not count"
+                "0 on tokens that do not count (predict and camtl.pipeline make them from rows)"
             )
 
     def _predict_all(

@@ -97,6 +97,11 @@ class PredictionMixin:
 
         if isinstance(texts, (str, tuple, dict)):
             texts = [texts]
+        if task is None and self._active_task is None and self.config.num_tasks > 1:
+            raise UsageError(
+                f"task: this model has several; name one of {', '.join(self.config.tasks)}, or choose one "
+                "with set_active_task"
+            )
         name = self.config.tasks[self.default_task_id()] if task is None else task
         index = self.config.task_index(name)
         if batch_size < 1:

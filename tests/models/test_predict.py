@@ -137,3 +137,10 @@ def test_predicting_keeps_the_tables_and_every_mode(model, monkeypatch):
     modes = {name: module.training for name, module in model.named_modules()}
     model.predict("the cat", task="mid")
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_of_several_tasks_one_is_named(model):
+    with pytest.raises(UsageError, match="name one of zeta, stars, tags, mid, or choose"):
+        model.predict(["the cat"])
+    model.set_active_task("mid")
+    assert model.predict(["the cat"]) == model.predict(["the cat"], task="mid")

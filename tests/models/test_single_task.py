@@ -67,7 +67,8 @@ def test_names_that_cannot_be(make_model):
     for old, new, words in (
         ("nope", "a", "'nope' is unknown"),
         ("zeta", "mid", "'mid' is already"),
-        ("zeta", "", "not empty"),
+        ("zeta", "", "'' cannot name a task"),
+        ("zeta", "a b", "'a b' cannot name a task"),
     ):
         with pytest.raises(UsageError, match=words):
             model.rename_task(old, new)
