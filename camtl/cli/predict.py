@@ -7,11 +7,11 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camtl.cli._parser import CommandParser, positive, text
+from camtl.cli._stdin import arriving, comes_slowly
 from camtl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ _EXAMPLES = (
 )
 _INPUTS = ".jsonl, .json, .csv, .tsv, .parquet (these also with .gz) or .txt"
 _KEPT = ("idx", "id")
+#: Batches that are sorted by length together: enough for little padding, few enough to hold.
+_SORTED = 32
 
 
 def run(argv: Sequence[str]) -> int:
@@ -114,7 +116,8 @@ def _predict(args: argparse.Namespace) -> int:
         raise UsageError(f"--output_file {args.output_file}: the name must end in .jsonl or .csv")
     interactive = not args.text and not args.input_file and sys.stdin.isatty()
     # Read what can be read before the model is loaded: a wrong file should be told at once.
-    rows: Iterable[Row] = ()
+    rows: Iterable[Row | None] = ()
+    most = args.batch_size * _SORTED
     if args.text:
         rows = [_row(task, texts, "--text") for texts in args.text]
     elif args.input_file:
@@ -124,19 +127,27 @@ def _predict(args: argparse.Namespace) -> int:
     if interactive:
         what = "a text" if len(task.text_columns) == 1 else "the texts, separated by tabs,"
         print(f"{task.name}: type {what} and Enter; Ctrl-D ends", file=sys.stderr)
-        for row in _stdin_rows(task):
-            _print_table(label([row]))
+        for row in _line_rows(sys.stdin, task, "stdin"):
+            if row is not None:
+                _print_table(label([row]))
         return 0
+    at_the_end = args.output_file or sys.stdout.isatty()
     if not args.text and not args.input_file:
-        rows = _stdin_rows(task)
+        slowly = not at_the_end and comes_slowly(sys.stdin)
+        rows = _line_rows(arriving(sys.stdin) if slowly else sys.stdin, task, "stdin")
+        most = args.batch_size if slowly else most
+    answers = _in_chunks(rows, label, most)
+    if not at_the_end:
+        for chunk in answers:
+            sys.stdout.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chunk))
+            sys.stdout.flush()
+        return 0
+    answered = [row for chunk in answers for row in chunk]
     if args.output_file:
-        _write(args.output_file, list(_in_chunks(rows, label, args.batch_size)))
+        _write(args.output_file, answered)
         print(f"wrote {args.output_file}", file=sys.stderr)
-    elif sys.stdout.isatty():
-        _print_table(list(_in_chunks(rows, label, args.batch_size)))
     else:
-        for row in _in_chunks(rows, label, args.batch_size):
-            print(json.dumps(row, ensure_ascii=False))
+        _print_table(answered)
     return 0
 
 
@@ -188,12 +199,18 @@ def pick_device(name: str | None, torch: Any) -> Any:
 
 
 def _in_chunks(
-    rows: Iterable[Row], label: Callable[[list[Row]], list[Row]], batch_size: int
-) -> Iterator[Row]:
-    """Label a stream in pieces that are large enough to sort by length and small enough to hold."""
-    stream = iter(rows)
-    while chunk := list(islice(stream, batch_size * 32)):
-        yield from label(chunk)
+    rows: Iterable[Row | None], label: Callable[[list[Row]], list[Row]], most: int
+) -> Iterator[list[Row]]:
+    """The answers to a stream of rows, ``most`` at a time; to fewer where the stream pauses (None)."""
+    held: list[Row] = []
+    for row in rows:
+        if row is not None:
+            held.append(row)
+        if len(held) == most or (row is None and held):
+            yield label(held)
+            held = []
+    if held:
+        yield label(held)
 
 
 def _row(task: Task, texts: Sequence[str], where: str) -> Row:
@@ -205,9 +222,14 @@ def _row(task: Task, texts: Sequence[str], where: str) -> Row:
         raise UsageError(f"{where}: task {task.name!r} {error}{hint}") from None
 
 
-def _line_rows(lines: Iterable[str], task: Task, name: str) -> Iterator[Row]:
-    blank = 0
-    for number, raw in enumerate(lines, 1):
+def _line_rows(lines: Iterable[str | None], task: Task, name: str) -> Iterator[Row | None]:
+    """A row a line, None for None; blank lines are counted and told at the end."""
+    blank = number = 0
+    for raw in lines:
+        if raw is None:
+            yield None
+            continue
+        number += 1
         line = raw.rstrip("\r\n")
         if not line.strip():
             blank += 1
@@ -238,16 +260,12 @@ def _names(task: Task) -> str:
     return ", ".join(task.task_type.columns(task))
 
 
-def _stdin_rows(task: Task) -> Iterator[Row]:
-    return _line_rows(sys.stdin, task, "stdin")
-
-
 def file_rows(path: str, task: Task) -> list[Row]:
     """The rows of a file with the columns that the task reads, and ``idx`` and ``id`` where it has them."""
     if path.endswith(".txt"):
         try:
             with open(path, encoding="utf-8-sig") as handle:
-                return list(_line_rows(handle, task, path))
+                return [row for row in _line_rows(handle, task, path) if row is not None]
         except UnicodeDecodeError:
             raise UsageError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
         except OSError as error:

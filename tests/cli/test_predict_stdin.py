@@ -1,0 +1,148 @@
+"""``camtl predict`` on standard input: answers as lines come, and errors that name the line."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from camtl.cli._stdin import arriving, comes_slowly
+
+from .conftest import Run, call
+
+# An answer of the tiny model takes milliseconds, its loading about a second.
+PATIENCE = 60
+
+
+class Pipe:
+    """Two ends of a pipe; what is written arrives at once."""
+
+    def __init__(self) -> None:
+        read, self._write = os.pipe()
+        self.reading: TextIO = open(read, encoding="utf-8")
+        self.open = True
+
+    def put(self, data: str | bytes) -> None:
+        os.write(self._write, data.encode() if isinstance(data, str) else data)
+
+    def close(self) -> None:
+        if self.open:
+            self.open = False
+            os.close(self._write)
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    pipe.close()
+    pipe.reading.close()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of every call of ``model.predict``."""
+    from camtl import CaMtlForMultiTask
+
+    sizes: list[int] = []
+    predict = CaMtlForMultiTask.predict
+
+    def counted(self, texts, *args, **kwargs):
+        sizes.append(len(texts))
+        return predict(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(CaMtlForMultiTask, "predict", counted)
+    return sizes
+
+
+def flags(trained: Run, task: str, *more: object) -> tuple[object, ...]:
+    return ("predict", trained.folder, "--device", "cpu", "--task", task, *more)
+
+
+def test_a_line_is_answered_before_the_next_is_written(
+    trained: Run, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from camtl.cli import main
+
+    answers, out = os.pipe()
+    monkeypatch.setattr("sys.stdin", pipe.reading)
+    monkeypatch.setattr("sys.stdout", open(out, "w", encoding="utf-8"))  # with a buffer, as a pipe has
+    found: list[str] = []
+    told = threading.Semaphore(0)
+
+    def read() -> None:
+        with open(answers, encoding="utf-8") as lines:
+            for line in lines:
+                found.append(json.loads(line)["sentence"])
+                told.release()
+
+    with ThreadPoolExecutor(2) as pool:
+        reader = pool.submit(read)
+        code = pool.submit(main, [str(word) for word in flags(trained, "cola")])
+        try:
+            for text in ("the cat", "a dog", "red"):
+                pipe.put(f"{text}\n")
+                assert told.acquire(timeout=PATIENCE), f"no answer to {text!r} while the pipe is open"
+                assert found[-1] == text
+        finally:
+            pipe.close()
+            result = code.result(PATIENCE)
+            import sys
+
+            sys.stdout.close()
+            reader.result(PATIENCE)
+    assert result == 0
+    assert found == ["the cat", "a dog", "red"]
+
+
+def test_a_pipe_that_is_full_is_answered_in_batches(
+    trained: Run, pipe: Pipe, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"the cat {'sees ' * i}dog" for i in range(5)]
+    pipe.put("\n".join(texts))  # the last line without an end
+    pipe.close()
+    monkeypatch.setattr("sys.stdin", pipe.reading)
+    outcome = call(*flags(trained, "cola", "--batch_size", 2))
+    assert outcome.code == 0, outcome.err
+    assert [json.loads(line)["sentence"] for line in outcome.out.splitlines()] == texts
+    assert calls == [2, 2, 1]
+
+
+def test_a_file_is_answered_in_large_pieces(
+    trained: Run, calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("the cat\na dog\n" * 35)
+    with open(path, encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        redirected = call(*flags(trained, "cola", "--batch_size", 2))
+    named = call(*flags(trained, "cola", "--batch_size", 2, "--input_file", path))
+    assert redirected.code == named.code == 0
+    assert redirected.out == named.out
+    assert calls == [64, 6, 64, 6]
+
+
+def test_lines_of_a_pipe(pipe: Pipe) -> None:
+    lines = arriving(pipe.reading)
+    assert next(lines) is None  # nothing has come
+    snowman = "☃".encode()
+    pipe.put(b"one\r\n\ntwo " + snowman[:1])
+    assert [next(lines), next(lines), next(lines)] == ["one", "", None]
+    pipe.put(snowman[1:] + b"\nlast")
+    assert [next(lines), next(lines)] == ["two ☃", None]
+    pipe.close()
+    assert list(lines) == ["last"]
+
+
+def test_what_may_have_to_be_waited_for(pipe: Pipe, tmp_path: Path) -> None:
+    assert comes_slowly(pipe.reading)
+    (tmp_path / "a.txt").write_text("a\n")
+    with open(tmp_path / "a.txt", encoding="utf-8") as file:
+        assert not comes_slowly(file)
+    assert not comes_slowly(file)  # closed
