@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from camtl.tasks import Task
 
     Row = dict[str, Any]
+    Placed = tuple[str, Row]  # and where it came from
 
 _DESCRIPTION = """
 Label texts with a trained model. Texts come from --text, from a file, or, when neither is given, from stdin,
@@ -116,12 +117,12 @@ def _predict(args: argparse.Namespace) -> int:
         raise UsageError(f"--output_file {args.output_file}: the name must end in .jsonl or .csv")
     interactive = not args.text and not args.input_file and sys.stdin.isatty()
     # Read what can be read before the model is loaded: a wrong file should be told at once.
-    rows: Iterable[Row | None] = ()
+    rows: Iterable[Placed | None] = ()
     most = args.batch_size * _SORTED
     if args.text:
-        rows = [_row(task, texts, "--text") for texts in args.text]
+        rows = [("--text", _row(task, texts, "--text")) for texts in args.text]
     elif args.input_file:
-        rows = file_rows(args.input_file, task)
+        rows = _placed_rows(args.input_file, task)
 
     label = _labeller(folder, task, args.device, args.batch_size)
     if interactive:
@@ -153,7 +154,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _labeller(
     folder: Path, task: Task, device: str | None, batch_size: int
-) -> Callable[[list[Row]], list[Row]]:
+) -> Callable[[list[Placed]], list[Row]]:
     import torch
 
     from camtl.cli._run_folder import load_trained, prepare_libraries
@@ -163,8 +164,9 @@ def _labeller(
     model.to(pick_device(device, torch))
     model.eval()
 
-    def label(rows: list[Row]) -> list[Row]:
-        answers = model.predict(rows, task=task.name, batch_size=batch_size)
+    def label(placed: list[Placed]) -> list[Row]:
+        rows = [row for _, row in placed]
+        answers = model.predict(rows, task=task.name, batch_size=batch_size, where=lambda i: placed[i][0])
         return [{**row, **_rounded(answer)} for row, answer in zip(rows, answers, strict=True)]
 
     return label
@@ -199,10 +201,10 @@ def pick_device(name: str | None, torch: Any) -> Any:
 
 
 def _in_chunks(
-    rows: Iterable[Row | None], label: Callable[[list[Row]], list[Row]], most: int
+    rows: Iterable[Placed | None], label: Callable[[list[Placed]], list[Row]], most: int
 ) -> Iterator[list[Row]]:
     """The answers to a stream of rows, ``most`` at a time; to fewer where the stream pauses (None)."""
-    held: list[Row] = []
+    held: list[Placed] = []
     for row in rows:
         if row is not None:
             held.append(row)
@@ -222,8 +224,8 @@ def _row(task: Task, texts: Sequence[str], where: str) -> Row:
         raise UsageError(f"{where}: task {task.name!r} {error}{hint}") from None
 
 
-def _line_rows(lines: Iterable[str | None], task: Task, name: str) -> Iterator[Row | None]:
-    """A row a line, None for None; blank lines are counted and told at the end."""
+def _line_rows(lines: Iterable[str | None], task: Task, name: str) -> Iterator[Placed | None]:
+    """A row a line and its place, None for None; blank lines are counted and told at the end."""
     blank = number = 0
     for raw in lines:
         if raw is None:
@@ -236,10 +238,10 @@ def _line_rows(lines: Iterable[str | None], task: Task, name: str) -> Iterator[R
             continue
         where = f"{name}, line {number}"
         if line.startswith("{"):
-            yield _json_row(task, line, where)
+            yield where, _json_row(task, line, where)
         else:
             one = len(task.task_type.columns(task)) == 1
-            yield _row(task, [line] if one else line.split("\t"), where)
+            yield where, _row(task, [line] if one else line.split("\t"), where)
     if blank:
         print(f"camtl: {name}: skipped {blank:,} blank lines", file=sys.stderr)
 
@@ -262,6 +264,11 @@ def _names(task: Task) -> str:
 
 def file_rows(path: str, task: Task) -> list[Row]:
     """The rows of a file with the columns that the task reads, and ``idx`` and ``id`` where it has them."""
+    return [row for _, row in _placed_rows(path, task)]
+
+
+def _placed_rows(path: str, task: Task) -> list[Placed]:
+    """The same with the line of each row."""
     if path.endswith(".txt"):
         try:
             with open(path, encoding="utf-8-sig") as handle:
@@ -273,7 +280,8 @@ def file_rows(path: str, task: Task) -> list[Row]:
     from camtl.data.files import read_table
 
     table = read_table(path)
-    return table_rows(table.columns, table.where, path, task)
+    rows = table_rows(table.columns, table.where, path, task)
+    return [(table.where(number), row) for number, row in enumerate(rows)]
 
 
 def table_rows(

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from camtl.tasks.types import Outputs
     from camtl.tasks.view import TaskView
 
+if TYPE_CHECKING:
+    from camtl.tasks.types.base import Where
+
 Text = str | tuple[str, ...] | list[str] | dict[str, Any]
 #: What heads read that answer with places in the text.
 BY_TOKEN = ("tokens", "positions")
@@ -73,7 +76,12 @@ class PredictionMixin:
 
     @torch.no_grad()
     def predict(
-        self: Any, texts: Text | Sequence[Text], task: str | None = None, batch_size: int = 32
+        self: Any,
+        texts: Text | Sequence[Text],
+        task: str | None = None,
+        batch_size: int = 32,
+        *,
+        where: Where | None = None,
     ) -> list[dict[str, Any]]:
         """Predict a task for texts, in order.
 
@@ -84,6 +92,7 @@ class PredictionMixin:
                 ``max_seq_length`` are cut, pairs longest first.
             task: its name; None: the active or the only one.
             batch_size: sequences at a time.
+            where: says where entry i came from, for error messages, e.g. ``"in.jsonl, line 7"``.
 
         Returns:
             One dict per entry; see :meth:`decode_logits` and the ``decode`` of the task's type
@@ -110,10 +119,12 @@ class PredictionMixin:
         if not texts:
             return []
         if view.task_type.plain:
-            entries = [_check_text(text, view) for text in texts]
+            entries = [
+                _check_text(text, view, where(i) if where else "texts") for i, text in enumerate(texts)
+            ]
             rows, features = None, [self._tokenise(entry) for entry in entries]
         else:
-            rows, features = self._rows(view, texts)
+            rows, features = self._rows(view, texts, where or (lambda i: f"texts, entry {i + 1}"))
         columns = {key: [feature[key] for feature in features] for key in features[0]}
         results = self._run([{**feature, "task_id": index} for feature in features], batch_size)
         if self.config.task_info[index].get("reads", "pooled") in BY_TOKEN:
@@ -166,26 +177,28 @@ class PredictionMixin:
         )
 
     def _rows(
-        self: Any, view: TaskView, entries: Sequence[Any]
+        self: Any, view: TaskView, entries: Sequence[Any], where: Where
     ) -> tuple[dict[str, list[Any]], list[dict[str, Any]]]:
         """Entries as the task's prepared columns, and their sequences."""
-        given = [_as_row(entry, view) for entry in entries]
+        given = [_as_row(entry, view, where(i)) for i, entry in enumerate(entries)]
         kind: Any = view.task_type
         names = kind.columns(view)
         for i, row in enumerate(given):
             missing = [name for name in names if name not in row]
             if missing:
                 raise UsageError(
-                    f"texts: entry {i + 1} has no {missing[0]!r}; task {view.name!r} reads {', '.join(names)}"
+                    f"{where(i)}: has no {missing[0]!r}; task {view.name!r} reads {', '.join(names)}"
                 )
         columns = {name: [row[name] for row in given] for name in names}
-        rows = kind.prepare(view, columns, lambda i: f"texts, entry {i + 1}", True)
-        encoded = kind.encode(view, rows, self.tokenizer, self.config.max_seq_length)
+        from camtl.tasks.types.base import encode_rows
+
+        rows = kind.prepare(view, columns, where, True)
+        encoded = encode_rows(view, rows, self.tokenizer, self.config.max_seq_length, where)
         features = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
         return rows, features
 
 
-def _check_text(text: Any, view: TaskView) -> tuple[str, ...]:
+def _check_text(text: Any, view: TaskView, place: str) -> tuple[str, ...]:
     if isinstance(text, str):
         return (text,)
     if isinstance(text, dict) and all(isinstance(text.get(name), str) for name in view.text_columns):
@@ -197,20 +210,20 @@ def _check_text(text: Any, view: TaskView) -> tuple[str, ...]:
     ):
         return tuple(text)
     raise UsageError(
-        f"texts: {text!r} is not accepted; accepted: a string or a pair of strings per entry, or a dict with "
-        f"{' and '.join(view.text_columns)}"
+        f"{place}: {text!r} is not accepted; accepted: a string or a pair of strings per entry, or a dict "
+        f"with {' and '.join(view.text_columns)}"
     )
 
 
-def _as_row(entry: Any, view: TaskView) -> dict[str, Any]:
+def _as_row(entry: Any, view: TaskView, place: str) -> dict[str, Any]:
     if isinstance(entry, dict):
         return entry
     texts = (entry,) if isinstance(entry, str) else entry
     if not isinstance(texts, (tuple, list)) or not all(isinstance(text, str) for text in texts):
         raise UsageError(
-            f"texts: {entry!r} is not accepted; accepted: texts, or a dict with the task's columns"
+            f"{place}: {entry!r} is not accepted; accepted: texts, or a dict with the task's columns"
         )
     try:
         return view.task_type.row(view, texts)  # type: ignore[arg-type]
     except ValueError as error:
-        raise UsageError(f"texts: task {view.name!r} {error}") from None
+        raise UsageError(f"{place}: task {view.name!r} {error}") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +16,22 @@ import pytest
 
 from camtl.cli._stdin import arriving, comes_slowly
 
-from .conftest import Run, call
+from .conftest import Run, call, write_jsonl
 
 # An answer of the tiny model takes milliseconds, its loading about a second.
 PATIENCE = 60
+
+
+TASKS = """
+- {name: who, type: tagging, text_columns: [words], label_column: tags, labels: [O, B-x, I-x]}
+- {name: where, type: span, text_columns: [question, context], label_column: answers}
+- {name: pick, type: choice, text_columns: [premise], options: {choices: [a, b]}}
+"""
+ROWS = {
+    "who": {"words": ["the", "cat"], "tags": ["O", "B-x"]},
+    "where": {"question": "a cat", "context": "the cat runs", "answers": ["cat"]},
+    "pick": {"premise": "the cat", "a": "runs", "b": "sings", "label": 0},
+}
 
 
 class Pipe:
@@ -25,7 +39,7 @@ class Pipe:
 
     def __init__(self) -> None:
         read, self._write = os.pipe()
-        self.reading: TextIO = open(read, encoding="utf-8")
+        self.reading: TextIO = os.fdopen(read, encoding="utf-8")
         self.open = True
 
     def put(self, data: str | bytes) -> None:
@@ -72,7 +86,7 @@ def test_a_line_is_answered_before_the_next_is_written(
 
     answers, out = os.pipe()
     monkeypatch.setattr("sys.stdin", pipe.reading)
-    monkeypatch.setattr("sys.stdout", open(out, "w", encoding="utf-8"))  # with a buffer, as a pipe has
+    monkeypatch.setattr("sys.stdout", os.fdopen(out, "w", encoding="utf-8"))  # with a buffer, as a pipe has
     found: list[str] = []
     told = threading.Semaphore(0)
 
@@ -93,8 +107,6 @@ def test_a_line_is_answered_before_the_next_is_written(
         finally:
             pipe.close()
             result = code.result(PATIENCE)
-            import sys
-
             sys.stdout.close()
             reader.result(PATIENCE)
     assert result == 0
@@ -146,3 +158,72 @@ def test_what_may_have_to_be_waited_for(pipe: Pipe, tmp_path: Path) -> None:
     with open(tmp_path / "a.txt", encoding="utf-8") as file:
         assert not comes_slowly(file)
     assert not comes_slowly(file)  # closed
+
+
+# -- errors of rows --
+@pytest.fixture(scope="module")
+def typed(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of tasks whose rows are more than texts, after one step."""
+    folder = tmp_path_factory.mktemp("typed")
+    (folder / "tasks.yaml").write_text(TASKS)
+    for task, row in ROWS.items():
+        for split in ("train", "validation"):
+            write_jsonl(folder / task / f"{split}.jsonl", [row] * 4)
+    outcome = call(
+        *("train", "--model_name_or_path", encoder, "--tasks_file", folder / "tasks.yaml", "--max_steps", 1),
+        *("--data_dir", folder, "--max_seq_length", 24, "--use_cpu", "--output_dir", folder / "run"),
+    )
+    assert outcome.code == 0, outcome.err
+    return folder / "run"
+
+
+LONG = "the cat sees the dog " * 8
+WRONG = [
+    ("who", {"words": []}, "holds no word"),
+    ("where", {"question": LONG, "context": "the cat"}, "task 'where': question 'the cat"),
+    ("where", {"question": "a cat", "context": {}}, "the text column 'context' is a dict"),
+    ("pick", {"premise": "the cat", "a": LONG, "b": "runs"}, "task 'pick': choice 1 "),
+]
+
+
+@pytest.mark.parametrize(("task", "wrong", "words"), WRONG, ids=[words for _, _, words in WRONG])
+@pytest.mark.parametrize("source", ["pipe", "redirected", "input_file"])
+def test_a_row_that_cannot_be_answered_is_named_by_its_line(
+    typed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pipe: Pipe,
+    source: str,
+    task: str,
+    wrong: dict,
+    words: str,
+) -> None:
+    path = tmp_path / "in.jsonl"
+    right = {name: value for name, value in ROWS[task].items() if name not in ("tags", "answers", "label")}
+    write_jsonl(path, [right, right, right, wrong, right])
+    path.write_text("\n" + path.read_text())  # a blank line counts
+    command = ["predict", typed, "--device", "cpu", "--task", task, "--batch_size", 2]
+    if source == "input_file":
+        outcome = call(*command, "--input_file", path)
+    elif source == "pipe":
+        pipe.put(path.read_bytes())
+        pipe.close()
+        monkeypatch.setattr("sys.stdin", pipe.reading)
+        outcome = call(*command)
+    else:
+        with open(path, encoding="utf-8") as stdin:
+            monkeypatch.setattr("sys.stdin", stdin)
+            outcome = call(*command)
+    assert outcome.code == 2
+    name = path if source == "input_file" else "stdin"
+    assert outcome.error_line.startswith(f"camtl: error: {name}, line 5: ")
+    assert words in outcome.error_line
+    # A pipe's first batch has been answered by then.
+    assert len(outcome.out.splitlines()) == (2 if source == "pipe" else 0)
+
+
+def test_a_text_that_is_none_is_named_by_its_line(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO('the cat\n{"sentence": {}}\n'))
+    outcome = call(*flags(trained, "cola"))
+    assert outcome.code == 2
+    assert outcome.error_line.startswith("camtl: error: stdin, line 2: {'sentence': {}} is not accepted")

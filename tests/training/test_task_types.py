@@ -240,7 +240,7 @@ def test_logits_of_places_are_not_decoded_alone(trained):
     ("task", "entry", "said"),
     [
         ("answers", "one text", "'answers' reads"),
-        ("answers", {"question": "w1"}, "entry 1 has no 'context'"),
+        ("answers", {"question": "w1"}, "entry 1: has no 'context'"),
         ("pick", ("w1",), "'pick' reads asked, first, second"),
         ("sense", ("w1", "w2"), "'sense' needs more than texts"),
         ("entities", {"words": []}, "holds no word"),

@@ -224,6 +224,23 @@ class TaskType(ABC):
         return None if answer is None else self.constant_scores(task, answer, rows)
 
 
+def encode_rows(
+    task: Task, rows: Columns, tokenizer: Any, max_length: int, where: Where
+) -> dict[str, list[Any]]:
+    """Prepared rows as their type encodes them; :class:`UsageError` names the row that cannot be encoded."""
+    try:
+        return task.task_type.encode(task, rows, tokenizer, max_length)
+    except UsageError:
+        # Once more one by one, to find which it is.
+        for i in range(len(rows[task.text_columns[0]])):
+            try:
+                row = {name: values[i : i + 1] for name, values in rows.items()}
+                task.task_type.encode(task, row, tokenizer, max_length)
+            except UsageError as error:
+                raise UsageError(f"{where(i)}: {error}") from None
+        raise
+
+
 def is_missing(value: Any) -> bool:
     """None or NaN: how JSON, Parquet and pandas say that there is nothing."""
     return value is None or (isinstance(value, float) and math.isnan(value))
