@@ -11,7 +11,14 @@ from camtl._version import __version__
 from camtl.cli._encoder import ALIAS, ALIAS_HUB_ID, FALLBACK_LABEL
 from camtl.cli._run_folder import TASKS_FILE, is_main_process, note, write_run
 from camtl.cli.train import TrainRequest
-from camtl.reports import ModelCard, Results, print_results, write_curves, write_model_card
+from camtl.reports import (
+    ModelCard,
+    Results,
+    predict_command,
+    print_results,
+    write_curves,
+    write_model_card,
+)
 
 if TYPE_CHECKING:
     from camtl.tasks import Task
@@ -203,8 +210,6 @@ def _print_end(outcome: Outcome, has_curves: bool) -> None:
     print()
     files = ["README.md (model card)", "eval_results.json"] + (["learning_curves.png"] if has_curves else [])
     print(f"everything is in {output_dir}: the model, {', '.join(files)}, ...")
-    task = outcome.request.tasks[0]
-    texts = '"a text" "another text"' if task.is_pair else '"a text"'
     print("next:")
-    print(f"  camtl predict {output_dir} --task {task.name} --text {texts}")
+    print(f"  {predict_command(str(output_dir), outcome.request.tasks[0])}")
     print(f"  camtl eval {output_dir}")

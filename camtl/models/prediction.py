@@ -193,7 +193,8 @@ class PredictionMixin:
         from camtl.tasks.types.base import encode_rows
 
         rows = kind.prepare(view, columns, where, True)
-        encoded = encode_rows(view, rows, self.tokenizer, self.config.max_seq_length, where)
+        task: Any = view
+        encoded = encode_rows(task, rows, self.tokenizer, self.config.max_seq_length, where)
         features = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
         return rows, features
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from camtl.reports.curves import write_curves
-from camtl.reports.model_card import ModelCard, write_model_card
+from camtl.reports.model_card import ModelCard, predict_command, write_model_card
 from camtl.reports.tables import (
     ResultRow,
     Results,
@@ -23,6 +23,7 @@ __all__ = [
     "collect_results",
     "majority_baseline",
     "plain_table",
+    "predict_command",
     "print_results",
     "print_table",
     "write_curves",

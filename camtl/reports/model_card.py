@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,6 @@ from camtl.reports.tables import Results, metric_title, results_cells
 if TYPE_CHECKING:
     from camtl.models.families import Family
     from camtl.tasks import Task
-
-_EXAMPLES = (
-    ("The plot was thin, but the acting carried it.", "A thin plot, carried by its actors."),
-    ("A man is playing a guitar.", "Someone is making music."),
-)
 
 
 @dataclass(frozen=True)
@@ -116,10 +112,11 @@ def render_model_card(card: ModelCard) -> str:
 def front_matter(card: ModelCard) -> dict[str, Any]:
     """Return the YAML head that the hub reads: library, base model, tags, data sets, metrics, results."""
     family = card.config.get("family", "bert")
+    kinds = [task.task_type.hub_task for task in card.tasks]
     matter: dict[str, Any] = {
         "library_name": "camtl",
-        "pipeline_tag": "text-classification",
-        "tags": ["camtl", "ca-mtl", "multi-task-learning", family, "text-classification"],
+        "pipeline_tag": max(kinds, key=kinds.count),
+        "tags": ["camtl", "ca-mtl", "multi-task-learning", family, *dict.fromkeys(kinds)],
     }
     if _is_hub_id(card.base_model):
         matter["base_model"] = card.base_model
@@ -133,7 +130,7 @@ def front_matter(card: ModelCard) -> dict[str, Any]:
         task = by_name[row.task]
         results.append(
             {
-                "task": {"type": "text-classification", "name": f"{row.task} ({task.type})"},
+                "task": {"type": task.task_type.hub_task, "name": f"{row.task} ({task.type})"},
                 "dataset": {
                     "name": row.task,
                     "type": _hub_source(card, task) or row.task,
@@ -164,7 +161,7 @@ def _hub_source(card: ModelCard, task: Task) -> str | None:
 
 
 def _hub_metric(name: str) -> str:
-    return {"macro_f1": "f1", "pearson": "pearsonr"}.get(name, name)
+    return {"macro_f1": "f1", "micro_f1": "f1", "pearson": "pearsonr"}.get(name, name)
 
 
 def _family(config: Mapping[str, Any]) -> Family:
@@ -212,52 +209,64 @@ def _scores(card: ModelCard) -> str:
     rows = f"at most {most:,} randomly chosen validation rows of each set" if most else "the validation rows"
     return (
         f"{table}\n\nMeasured by this run on {rows}, as fractions. A task's score is the mean "
-        "of its metrics. The majority baseline always gives the training part's most frequent class (or its "
-        "mean) and is scored by the same metrics; task sigma is the population standard deviation of the "
-        "tasks' scores. Validation rows may have been used to choose the checkpoint, so expect a little less "
-        "on unseen data."
+        "of its metrics. The majority baseline always gives the training part's most frequent answer (of "
+        "a regression the mean) and is scored by the same metrics; task sigma is the population standard "
+        "deviation of the tasks' scores. Validation rows may have been used to choose the checkpoint, so "
+        "expect a little less on unseen data."
     )
 
 
 def _use(card: ModelCard) -> str:
-    pair = next((task for task in card.tasks if task.is_pair), None)
-    single = next((task for task in card.tasks if not task.is_pair), None)
-    calls = []
-    if single is not None:
-        calls.append(f'model.predict([{json.dumps(_EXAMPLES[0][0])}], task="{single.name}")')
-    if pair is not None:
-        calls.append(
-            f'model.predict([({", ".join(json.dumps(text) for text in _EXAMPLES[1])})], task="{pair.name}")'
-        )
-    task = single or pair
-    assert task is not None
-    texts = _EXAMPLES[0][:1] if not task.is_pair else _EXAMPLES[1]
-    shell = " ".join(json.dumps(text) for text in texts)
+    # Of tasks that are asked alike, one shows how.
+    asked = {(task.type, len(task.task_type.columns(task))): task for task in reversed(card.tasks)}
+    shown = [task for task in card.tasks if task in asked.values()]
+    calls = [
+        f'model.predict([{_as_python(task.task_type.example(task))}], task="{task.name}")' for task in shown
+    ]
+    by_answer: dict[str, list[str]] = {}
+    for task in card.tasks:
+        by_answer.setdefault(task.task_type.holds, []).append(f"`{task.name}`")
+    answers = "\n".join(f"- {', '.join(names)}: {holds}" for holds, names in by_answer.items())
     return (
         "```python\n"
         "from camtl import CaMtlForMultiTask\n\n"
         f'model = CaMtlForMultiTask.from_pretrained("{card.folder}")\n' + "\n".join(calls) + "\n```\n\n"
-        "`predict` returns one dictionary a text: `label`, `score` and `probabilities` for a classification, "
-        "`score` in the task's own units for a regression. From a shell:\n\n"
-        f"```sh\ncamtl predict {card.folder} --task {task.name} --text {shell}\n"
+        f"`predict` returns one dictionary a row, which holds\n\n{answers}\n\nFrom a shell:\n\n"
+        f"```sh\n{predict_command(card.folder, card.tasks[0])}\n"
         f"camtl eval {card.folder}\n```"
     )
+
+
+def predict_command(folder: str, task: Task) -> str:
+    """A command line that asks the model in ``folder`` an example row of a task."""
+    row = task.task_type.example(task)
+    command = f"camtl predict {shlex.quote(folder)} --task {task.name}"
+    if isinstance(row, dict):
+        return f"echo {shlex.quote(json.dumps(row))} | {command}"
+    return f"{command} --text {shlex.join(row)}"
+
+
+def _as_python(row: tuple[str, ...] | dict[str, Any]) -> str:
+    if isinstance(row, dict):
+        return repr(row)
+    texts = ", ".join(json.dumps(text) for text in row)
+    return texts if len(row) == 1 else f"({texts})"
 
 
 def _tasks(card: ModelCard) -> str:
     rows = []
     for task in card.tasks:
-        answers = (
-            ", ".join(map(str, task.labels))
-            if task.labels
-            else "a number"
-            + (f", {task.label_range[0]:g} to {task.label_range[1]:g}" if task.label_range else "")
-        )
+        answers = task.task_type.answers(task)
+        if task.labels:
+            answers += f": {', '.join(task.labels)}"
+        elif task.label_range:
+            answers += f", {task.label_range[0]:g} to {task.label_range[1]:g}"
+        texts = len(task.text_columns)
         rows.append(
             [
                 task.name,
-                "text pair" if task.is_pair else "single text",
-                ", ".join(task.text_columns),
+                {1: "single text", 2: "text pair"}.get(texts, f"{texts} texts"),
+                ", ".join(task.task_type.columns(task)),
                 answers,
                 f"{card.train_rows[task.name]:,}" if task.name in card.train_rows else "",
             ]

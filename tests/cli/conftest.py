@@ -168,3 +168,46 @@ def trained(tmp_path_factory: pytest.TempPathFactory, train_flags: list[str]) ->
 def copy_of(trained: Run, folder: Path) -> Path:
     shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
     return folder
+
+
+TYPED = """
+- {name: who, type: tagging, text_columns: [words], label_column: tags, labels: [O, B-x, I-x]}
+- {name: where, type: span, text_columns: [question, context], label_column: answers}
+- {name: pick, type: choice, text_columns: [premise], options: {choices: [a, b]}}
+- {name: gap, type: cloze, text_columns: [query, passage], label_column: answers}
+- {name: topics, type: multi_label, text_columns: [text], labels: [x, y, z]}
+- name: sense
+  type: marked_spans
+  text_columns: [one, two]
+  labels: [different, same]
+  options: {spans: [{text: one, start: s1, end: e1}, {text: two, index: i2, span: w2}]}
+"""
+TYPED_ROWS = {
+    "who": {"words": ["the", "cat"], "tags": ["O", "B-x"]},
+    "where": {"question": "a cat", "context": "the cat runs", "answers": ["cat"]},
+    "pick": {"premise": "the cat", "a": "runs", "b": "sings", "label": 0},
+    "gap": {
+        "query": "@placeholder runs",
+        "passage": "the cat sees dog",
+        "entities": ["cat", "dog"],
+        "answers": ["cat"],
+    },
+    "topics": {"text": "cat", "label": ["x"]},
+    "sense": {"one": "the cat", "s1": 4, "e1": 7, "two": "a cat", "i2": 1, "w2": "cat", "label": "same"},
+}
+
+
+@pytest.fixture(scope="session")
+def typed(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A model of tasks of many types, after one step."""
+    folder = tmp_path_factory.mktemp("typed")
+    (folder / "tasks.yaml").write_text(TYPED)
+    for task, row in TYPED_ROWS.items():
+        for split in ("train", "validation"):
+            write_jsonl(folder / task / f"{split}.jsonl", [row] * 4)
+    outcome = call(
+        *("train", "--model_name_or_path", encoder, "--tasks_file", folder / "tasks.yaml", "--max_steps", 1),
+        *("--data_dir", folder, "--max_seq_length", 60, "--use_cpu", "--output_dir", folder / "run"),
+    )
+    assert outcome.code == 0, outcome.err
+    return Run(folder / "run", outcome)

@@ -16,22 +16,10 @@ import pytest
 
 from camtl.cli._stdin import arriving, comes_slowly
 
-from .conftest import Run, call, write_jsonl
+from .conftest import TYPED_ROWS, Run, call, write_jsonl
 
 # An answer of the tiny model takes milliseconds, its loading about a second.
 PATIENCE = 60
-
-
-TASKS = """
-- {name: who, type: tagging, text_columns: [words], label_column: tags, labels: [O, B-x, I-x]}
-- {name: where, type: span, text_columns: [question, context], label_column: answers}
-- {name: pick, type: choice, text_columns: [premise], options: {choices: [a, b]}}
-"""
-ROWS = {
-    "who": {"words": ["the", "cat"], "tags": ["O", "B-x"]},
-    "where": {"question": "a cat", "context": "the cat runs", "answers": ["cat"]},
-    "pick": {"premise": "the cat", "a": "runs", "b": "sings", "label": 0},
-}
 
 
 class Pipe:
@@ -161,23 +149,7 @@ def test_what_may_have_to_be_waited_for(pipe: Pipe, tmp_path: Path) -> None:
 
 
 # -- errors of rows --
-@pytest.fixture(scope="module")
-def typed(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of tasks whose rows are more than texts, after one step."""
-    folder = tmp_path_factory.mktemp("typed")
-    (folder / "tasks.yaml").write_text(TASKS)
-    for task, row in ROWS.items():
-        for split in ("train", "validation"):
-            write_jsonl(folder / task / f"{split}.jsonl", [row] * 4)
-    outcome = call(
-        *("train", "--model_name_or_path", encoder, "--tasks_file", folder / "tasks.yaml", "--max_steps", 1),
-        *("--data_dir", folder, "--max_seq_length", 24, "--use_cpu", "--output_dir", folder / "run"),
-    )
-    assert outcome.code == 0, outcome.err
-    return folder / "run"
-
-
-LONG = "the cat sees the dog " * 8
+LONG = "the cat sees the dog " * 12
 WRONG = [
     ("who", {"words": []}, "holds no word"),
     ("where", {"question": LONG, "context": "the cat"}, "task 'where': question 'the cat"),
@@ -189,7 +161,7 @@ WRONG = [
 @pytest.mark.parametrize(("task", "wrong", "words"), WRONG, ids=[words for _, _, words in WRONG])
 @pytest.mark.parametrize("source", ["pipe", "redirected", "input_file"])
 def test_a_row_that_cannot_be_answered_is_named_by_its_line(
-    typed: Path,
+    typed: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     pipe: Pipe,
@@ -199,10 +171,12 @@ def test_a_row_that_cannot_be_answered_is_named_by_its_line(
     words: str,
 ) -> None:
     path = tmp_path / "in.jsonl"
-    right = {name: value for name, value in ROWS[task].items() if name not in ("tags", "answers", "label")}
+    right = {
+        name: value for name, value in TYPED_ROWS[task].items() if name not in ("tags", "answers", "label")
+    }
     write_jsonl(path, [right, right, right, wrong, right])
     path.write_text("\n" + path.read_text())  # a blank line counts
-    command = ["predict", typed, "--device", "cpu", "--task", task, "--batch_size", 2]
+    command = ["predict", typed.folder, "--device", "cpu", "--task", task, "--batch_size", 2]
     if source == "input_file":
         outcome = call(*command, "--input_file", path)
     elif source == "pipe":

@@ -23,6 +23,11 @@ Columns = Mapping[str, Sequence[Any]]
 IGNORED = -100
 #: What a head may read; see :class:`HeadSpec`.
 READS = ("pooled", "spans", "tokens", "positions")
+_EXAMPLES = {
+    1: ("The plot was thin, but the acting carried it.",),
+    2: ("A man is playing a guitar.", "Someone is making music."),
+    3: ("Ann gave Bo the parcel.", "Who has the parcel now?", "Bo has it."),
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,9 @@ class TaskType(ABC):
     texts: ClassVar[tuple[int, int | None]] = (1, 2)
     #: What ``options`` of a task may say, with the defaults.
     options: ClassVar[Mapping[str, Any]] = {}
+    #: What the hub calls such a task, and what an answer holds (of :meth:`decode`), for model cards.
+    hub_task: ClassVar[str] = "text-classification"
+    holds: ClassVar[str] = "what its type decodes"
     #: Whether a model reads any text or pair for such a task, whatever its columns, so that ``predict`` need
     #: not prepare and encode rows.
     plain: ClassVar[bool] = False
@@ -185,6 +193,13 @@ class TaskType(ABC):
                 f"{len(texts)}"
             )
         return dict(zip(task.text_columns, texts, strict=True))
+
+    def example(self, task: Task) -> tuple[str, ...] | dict[str, Any]:
+        """A row to show how the task is asked: its texts as :meth:`row` takes them, or, where texts do not
+        say all, its columns.
+        """
+        texts = len(task.text_columns)
+        return _EXAMPLES.get(texts, ("This is a text.",) * texts)
 
     def answers(self, task: Task) -> str:
         """What an answer is, in a word or two, for tables."""

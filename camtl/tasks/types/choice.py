@@ -40,6 +40,8 @@ class Choice(TaskType):
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     texts = (1, None)
+    hub_task = "multiple-choice"
+    holds = "`choice` (its number), `text`, `score` and `probabilities` in order"
     options: ClassVar[dict[str, Any]] = {"choices": (), "values": {}}
 
     def check(self, task: Task) -> None:
@@ -159,6 +161,14 @@ class Choice(TaskType):
             raise ValueError(f"reads {', '.join((*task.text_columns, *names))}{many}; given {len(texts)}")
         choices: list[Any] = [list(texts[asked:])] if len(names) == 1 else list(texts[asked:])
         return dict(zip((*task.text_columns, *names), (*texts[:asked], *choices), strict=True))
+
+    def example(self, task: Task) -> tuple[str, ...]:
+        """What is asked, with a value that is replaced where there are such, and choices."""
+        values = task.option("values")
+        asked = (next(iter(values.get(column, ())), "It had rained.") for column in task.text_columns)
+        choices = ("The street was wet.", "The sun came out.")
+        more = (f"This is choice {number}." for number in range(2, len(task.option("choices"))))
+        return (*asked, *choices, *more)
 
     def answers(self, task: Task) -> str:
         """For tables."""

@@ -21,6 +21,7 @@ class Classification(TaskType):
     loss = "ce"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "macro_f1", "matthews_correlation")
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    holds = "`label`, `score` (its probability) and `probabilities` by name"
     plain = True
 
     def check(self, task: Task) -> None:

@@ -37,6 +37,8 @@ class Cloze(TaskType):
     metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
     default_metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
     texts = (2, 2)
+    hub_task = "question-answering"
+    holds = "`answer`, `score` and `probabilities` by entity"
     options: ClassVar[dict[str, Any]] = {
         "entities": "entities",
         "placeholder": "@placeholder",
@@ -137,6 +139,12 @@ class Cloze(TaskType):
         raise ValueError(
             f"needs more than texts; give rows as JSON Lines with {', '.join(self.columns(task))}"
         )
+
+    def example(self, task: Task) -> dict[str, Any]:
+        """A query, a passage, and the entities in it."""
+        query = f"{task.option('placeholder')} lives in Paris."
+        texts = (query, "Ann Lee moved from Rome to Paris, Bo Hall stayed.")
+        return dict(zip(self.columns(task), (*texts, ["Ann Lee", "Bo Hall"]), strict=True))
 
     def answers(self, task: Task) -> str:
         """For tables."""

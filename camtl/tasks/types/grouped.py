@@ -73,6 +73,15 @@ class Grouped(Classification):
             out["labels"] = class_labels(task, rows)
         return out
 
+    def example(self, task: Task) -> tuple[str, ...] | dict[str, Any]:
+        """Texts, and the names of a group where columns of their own hold them."""
+        texts = super().example(task)
+        assert isinstance(texts, tuple)
+        columns = self.columns(task)
+        if columns == list(task.text_columns):
+            return texts
+        return {**dict.fromkeys(columns, "1"), **dict(zip(task.text_columns, texts, strict=True))}
+
     def shortest(self, task: Task, tokenizer: Any) -> int:
         """A token of each of the two texts that are read."""
         return int(tokenizer.num_special_tokens_to_add(pair=True)) + 2

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _BY_CHARACTERS = {"text", "start", "end"}
 _BY_WORDS = {"text", "index", "span"}
+_WORD = "bank"
+_SENTENCES = ("The bank on the square was closed.", "We sat on the bank of the river.")
 
 
 class MarkedSpans(Classification):
@@ -110,6 +112,19 @@ class MarkedSpans(Classification):
         raise ValueError(
             f"needs more than texts; give rows as JSON Lines with {', '.join(self.columns(task))}"
         )
+
+    def example(self, task: Task) -> dict[str, Any]:
+        """A word in two sentences, which stand where the columns of the places say."""
+        row: dict[str, Any] = dict.fromkeys(task.text_columns, "")
+        for span, sentence in zip(task.option("spans"), _SENTENCES, strict=True):
+            before = row[span["text"]]
+            text = row[span["text"]] = f"{before} {sentence}".strip()
+            start = text.index(_WORD, len(before))
+            if "start" in span:
+                row |= {span["start"]: start, span["end"]: start + len(_WORD)}
+            else:
+                row |= {span["index"]: len(text[:start].split()), span["span"]: _WORD}
+        return {name: _SENTENCES[0] if value == "" else value for name, value in row.items()}
 
     def head(self, task: Task) -> HeadSpec:
         """One output per class, from the pooled vector and the two places."""

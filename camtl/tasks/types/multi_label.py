@@ -25,6 +25,7 @@ class MultiLabel(TaskType):
     metrics: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "exact_match")
     default_metrics: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1")
     options: ClassVar[dict[str, Any]] = {"separator": ",", "threshold": 0.5}
+    holds = "`labels`, those above the threshold, and `probabilities` by name"
     plain = True
 
     def check(self, task: Task) -> None:

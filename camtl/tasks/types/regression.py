@@ -19,6 +19,7 @@ class Regression(TaskType):
     loss = "mse"
     metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearmanr")
     default_metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearmanr")
+    holds = "`score`, in the scale of the training labels"
     plain = True
 
     def check(self, task: Task) -> None:

@@ -39,6 +39,8 @@ class Span(TaskType):
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "f1")
     default_metrics: ClassVar[tuple[str, ...]] = ("exact_match", "f1")
     texts = (2, 2)
+    hub_task = "question-answering"
+    holds = "`answer`, `score`, `begin` and `end` in characters of the context, and `n_best`"
     options: ClassVar[dict[str, Any]] = {
         "stride": 128,
         "n_best": 20,
@@ -132,6 +134,10 @@ class Span(TaskType):
     def shortest(self, task: Task, tokenizer: Any) -> int:
         """A token of the question, and room for a window."""
         return shortest(tokenizer)
+
+    def example(self, task: Task) -> tuple[str, ...]:
+        """A question and its context."""
+        return ("Where does Ann Lee live?", "Ann Lee lives in Paris.")
 
     def answers(self, task: Task) -> str:
         """For tables."""

@@ -32,6 +32,8 @@ class Tagging(TaskType):
     metrics: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall", "accuracy")
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     texts = (1, 1)
+    hub_task = "token-classification"
+    holds = "`tags` and `scores`, one a word, and `entities` where the tags are in IOB2 form"
 
     def check(self, task: Task) -> None:
         """Two or more distinct tags; entity metrics only for tags in IOB2 form."""
@@ -142,6 +144,10 @@ class Tagging(TaskType):
         if len(texts) != 1:
             raise ValueError(f"reads one text, whose words are tagged, given {len(texts)}")
         return {task.text_columns[0]: texts[0]}
+
+    def example(self, task: Task) -> tuple[str, ...]:
+        """A text with names."""
+        return ("Ann Lee lives in Paris .",)
 
     def answers(self, task: Task) -> str:
         """For tables."""
