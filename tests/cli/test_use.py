@@ -185,6 +185,29 @@ def test_predict_files(trained: Run, tmp_path: Path, kind: str, target: str) -> 
         assert [int(row["id"]) for row in rows] == [0, 1, 2]
 
 
+def test_predicted_labels_of_a_csv_file_are_read_as_labels(typed: Run, tmp_path: Path) -> None:
+    from camtl.data import load_task
+    from camtl.tasks import Task
+
+    out = tmp_path / "out.csv"
+    for threshold in (0.001, 0.999):  # all classes, and none
+        config = read(typed.folder / "config.json")
+        folder = copy_of(typed, tmp_path / f"at {threshold}")
+        next(info for info in config["task_info"] if info["name"] == "topics")["options"] = {
+            "threshold": threshold
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        asked = ("predict", folder, "--task", "topics", "--text", "the cat", "--text", "red")
+        assert call(*asked, "--output_file", out).code == 0
+        answers = [row["labels"] for row in lines(call(*asked).out)]
+        task = Task(
+            name="t", type="multi_label", text_columns=["text"], label_column="labels", labels=["x", "y", "z"]
+        )
+        rows = load_task(task, train_file=out, splits=["train"])["train"]
+        assert [["xyz"[i] for i in ids] for ids in rows["labels"]] == answers
+        assert answers[0] == (["x", "y", "z"] if threshold < 0.5 else [])
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from camtl.errors import UsageError
+from camtl.tasks.types._given import as_json
 from camtl.tasks.types.base import Columns, HeadSpec, Outputs, TaskType, encode_texts, is_missing
 from camtl.tasks.types.classification import check_classes, class_id
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 class MultiLabel(TaskType):
     """A row's label is a list of class names or ids, text with ``separator`` between them, or a list of a 0
-    or 1 for every class (of two classes: true or false); binary cross entropy, one output per class.
+    or 1 for every class (of two classes: true or false), each list also as JSON text; binary cross entropy,
+    one output per class.
     """
 
     name = "multi_label"
@@ -45,14 +47,16 @@ class MultiLabel(TaskType):
         """Sorted class ids; an empty list or text means that no class applies, None that it is not known."""
         if is_missing(value):
             return None
-        value = value.tolist() if hasattr(value, "tolist") else value
+        names = task.labels or ()
+        if not (isinstance(value, str) and value in names):
+            listed = as_json(value)
+            value = value if isinstance(listed, dict) else listed
         if isinstance(value, str):
             value = [part.strip() for part in value.split(task.option("separator")) if part.strip()]
         elif isinstance(value, (int, float)):
             value = [value]
         elif not isinstance(value, (list, tuple)):
             raise ValueError(f"label {value!r} is no list of classes")
-        names = task.labels or ()
         # Of two classes [0, 1] may be both ids; there only booleans are one a class.
         flags = all(isinstance(part, bool) or (len(names) > 2 and part in (0, 1)) for part in value)
         if flags and len(value) == len(names):

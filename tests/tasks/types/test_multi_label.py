@@ -32,7 +32,12 @@ def rows(*labels):
         ([], []),
         ("", []),
         (("war",), [2]),
+        (np.int64(1), [1]),
         ([0, 1, 2], [0, 1, 2]),
+        ('["law", "art"]', [0, 1]),  # as a CSV file holds lists
+        ("[2, 0]", [0, 2]),
+        ("[1, 0, 1]", [0, 2]),
+        ("[]", []),
     ],
 )
 def test_labels(label, ids, prepared):
@@ -45,6 +50,11 @@ def test_two_classes_are_listed_unless_they_are_booleans(prepared):
     assert prepared(task, given)["label"] == [[0, 1], [1], [0], [0], [1], [0, 1]]
 
 
+def test_a_class_may_be_called_like_a_list(prepared):
+    task = Task(**FIELDS, labels=["[1]", "[a"])
+    assert prepared(task, rows("[1]", "[a", "[a, [1]"))["label"] == [[0], [1], [0, 1]]
+
+
 @pytest.mark.parametrize(
     ("label", "words"),
     [
@@ -52,6 +62,8 @@ def test_two_classes_are_listed_unless_they_are_booleans(prepared):
         ([3], ["label 3 is none"]),
         (["law", None], ["entry that is empty"]),
         ({"law": 1}, ["is no list of classes"]),
+        ('["law", "sport"]', ["'sport' is none of the task's labels: art, law, war"]),
+        ('["law"', ["""'["law"' is none of the task's labels"""]),
         (None, ["without a label"]),
     ],
 )
