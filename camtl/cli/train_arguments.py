@@ -96,7 +96,9 @@ class DataArguments:
     label_column: str | None = _option("its label column (default: label)", metavar="NAME")
     task_name: str | None = _option("its name (default: the train file's name)", metavar="NAME")
     task_type: str | None = _option(
-        "its type (default: regression if labels have decimals)", choices=("classification", "regression")
+        "its type, if it needs no options, such as multi_label, tagging or span (default: regression if "
+        "labels have decimals, else classification)",
+        metavar="TYPE",
     )
     max_train_samples: int | None = _option(
         "use a random N of the training rows of each task (if it has more)", metavar="N"

@@ -13,6 +13,7 @@ from typing import Any
 from camtl.data.files import SUFFIXES, Table, read_table
 from camtl.errors import UsageError
 from camtl.tasks import Task
+from camtl.tasks.types import get_task_type
 from camtl.tasks.types.base import is_missing
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,12 @@ logger = logging.getLogger(__name__)
 #: More different labels than this are taken for a mistake (an id column, free text, scores).
 MAX_CLASSES = 100
 _LABEL_NAMES = ("label", "labels", "target", "class", "category", "score", "sentiment", "stars")
+#: IOB tags of two or more words.
+_TAGS = re.compile(r"(O|[BI]-\S+)(\s+(O|[BI]-\S+))+")
+_OTHER_TYPES = (
+    "; for rows with several classes or none say --task_type multi_label, for a tag a word tagging, for "
+    "pieces of a text span"
+)
 _WHOLE = re.compile(r"-?\d+\.0*")
 _ID_NAMES = ("id", "idx", "index", "guid", "uid", "row", "unnamed: 0")
 
@@ -39,9 +46,15 @@ def infer_task(
 
     ``name`` defaults to the train file's stem. A column is guessed only if a single choice makes sense,
     otherwise :class:`UsageError` lists the columns. Without ``type``, labels with decimals make a regression
-    (and a log line says so), anything else a classification whose class names are the sorted distinct labels
-    of both files.
+    (and a log line says so), anything else a classification. Class names are the sorted distinct ones that
+    the labels of both files name. Types that need ``options`` cannot be made from files alone.
     """
+    given_type = type
+    if type is not None:
+        try:
+            get_task_type(type)
+        except UsageError as error:
+            raise UsageError(f"--task_type {type}: {error}") from None
     files = {
         split: str(path)
         for split, path in (("train", train_file), ("validation", validation_file))
@@ -80,17 +93,22 @@ def infer_task(
                     f"{place}: label {label!r} is a decimal number, which names no class; "
                     f"for scores declare task {name!r} with type: regression"
                 )
-    if type == "classification" and not labels:
-        labels = _class_names(tables, label_column, name)
-    return Task(
-        name=name,
-        type=type,
-        text_columns=tuple(text_columns),
-        label_column=label_column,
-        labels=tuple(labels) if labels else None,
-        metrics=tuple(metrics or ()),
-        files=files,
-    )
+    if not labels:
+        labels = _class_names(tables, label_column, name, type, guessed=given_type is None)
+    try:
+        return Task(
+            name=name,
+            type=type,
+            text_columns=tuple(text_columns),
+            label_column=label_column,
+            labels=tuple(labels) if labels else None,
+            metrics=tuple(metrics or ()),
+            files=files,
+        )
+    except UsageError as error:
+        if "options: " not in str(error):
+            raise
+        raise UsageError(f"--task_type {type}: {error}; describe the task in a --tasks_file") from None
 
 
 def _stem(path: str) -> str:
@@ -136,19 +154,34 @@ def _is_text(values: Sequence[Any]) -> bool:
     return all(isinstance(v, str) for v in values) and not all(_is_number(v) for v in values)
 
 
-def _class_names(tables: Sequence[Table], column: str, name: str) -> list[str]:
+def _class_names(
+    tables: Sequence[Table], column: str, name: str, type: str, guessed: bool
+) -> list[str] | None:
+    """The names of a task's classes, in order; None if it has none. ``guessed``: nobody said the type."""
     seen: dict[str, str] = {}  # and where each was first seen
     for table in tables:
         for row, value in enumerate(table.columns[column]):
-            if (
-                is_missing(value)
-                or isinstance(value, (list, dict))
-                or (isinstance(value, str) and not value.strip())
-            ):
+            try:
+                found = get_task_type(type).classes_in(value)
+            except ValueError as error:
                 raise UsageError(
-                    f"{table.where(row)}: the label column {column!r} holds {value!r}; each row needs a label"
-                )
-            seen.setdefault(_as_name(value), table.where(row))
+                    f"{table.where(row)}: the label column {column!r}: {error}; describe task {name!r} in a "
+                    "--tasks_file, with its labels"
+                ) from None
+            if found is None:
+                return None
+            for part in found:
+                if _is_no_name(part):
+                    raise UsageError(
+                        f"{table.where(row)}: the label column {column!r} holds {value!r}; each row needs a "
+                        f"label{_OTHER_TYPES if guessed else ''}"
+                    )
+                if guessed and isinstance(part, str) and _TAGS.fullmatch(part.strip()):
+                    raise UsageError(
+                        f"{table.where(row)}: the label {part!r} looks like a tag for every word; say "
+                        "--task_type tagging (or classification, if it is the name of one class)"
+                    )
+                seen.setdefault(_as_name(part), table.where(row))
             if len(seen) > MAX_CLASSES:
                 raise UsageError(
                     f"{table.path}: the label column {column!r} has more than {MAX_CLASSES} different "
@@ -166,6 +199,12 @@ def _class_names(tables: Sequence[Table], column: str, name: str) -> list[str]:
             "--tasks_file if -1 is one of them"
         )
     return names
+
+
+def _is_no_name(value: Any) -> bool:
+    return (
+        is_missing(value) or isinstance(value, (list, dict)) or (isinstance(value, str) and not value.strip())
+    )
 
 
 def _as_name(value: Any) -> str:

@@ -146,3 +146,47 @@ def test_one_of_two_validation_sets_is_enough(
         found = json.loads(outcome.out)
         assert found["eval_mnli_accuracy"] == trained["eval_mnli_accuracy"]
         assert "eval_mnli_mismatched_accuracy" not in found
+
+
+@pytest.mark.parametrize(
+    ("kind", "header", "rows", "answer"),
+    [
+        ("tagging", "words,tags", ["the cat,O B-x", "a dog runs,O O O"], ("tags", 2)),
+        ("multi_label", "text,topics", ['the cat,"x,y"', "a dog,"], ("probabilities", 2)),
+    ],
+)
+def test_a_task_of_any_type_from_two_files(
+    encoder: Path, tmp_path: Path, kind: str, header: str, rows: list[str], answer: tuple[str, int]
+) -> None:
+    for name in ("own", "dev"):
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *rows * 4]) + "\n")
+    text, label = header.split(",")
+    command = (
+        *("train", "--model_name_or_path", encoder, "--train_file", tmp_path / "own.csv", "--use_cpu"),
+        *("--validation_file", tmp_path / "dev.csv", "--text_column", text, "--label_column", label),
+        *("--max_steps", 1, "--max_seq_length", 24, "--output_dir", tmp_path / "run"),
+    )
+    outcome = call(*command)
+    assert outcome.code == 2
+    assert f"--task_type {kind}" in outcome.error_line
+    assert str(tmp_path / "own.csv, line ") in outcome.error_line
+    outcome = call(*command, "--task_type", kind)
+    assert outcome.code == 0, outcome.err
+    outcome = call("predict", tmp_path / "run", "--text", "the cat", "--device", "cpu")
+    key, size = answer
+    assert len(json.loads(outcome.out)[key]) == size
+
+
+def test_a_type_that_files_do_not_describe(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("text,label\na cat,0\n")
+    for kind, words in (
+        ("choice", "describe the task in a --tasks_file"),
+        ("sorting", "tagging, choice, span"),
+    ):
+        outcome = call(
+            *("train", "--model_name_or_path", tmp_path, "--train_file", tmp_path / "own.csv"),
+            *("--validation_file", tmp_path / "own.csv", "--task_type", kind),
+        )
+        assert outcome.code == 2
+        assert words in outcome.error_line
+        assert f"--task_type {kind}" in outcome.error_line

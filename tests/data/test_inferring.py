@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+
 import pytest
 
 from camtl.data import infer_task, load_task
@@ -107,6 +109,66 @@ def test_what_cannot_be_guessed(jsonl, rows, options, words):
     path = jsonl("a.jsonl", rows)
     with pytest.raises(UsageError) as caught:
         infer_task(path, **options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("type", "labels", "names", "prepared"),
+    [
+        ("multi_label", ["b,a", "", "c"], ("a", "b", "c"), [[0, 1], [], [2]]),
+        ("multi_label", ['["b", "a"]', "[]", '["c"]'], ("a", "b", "c"), [[0, 1], [], [2]]),
+        ("multi_label", ["2, 10", "", "1"], ("1", "2", "10"), [[1, 2], [], [0]]),
+        ("tagging", ["O B-x", "I-x O", '["O", "O"]'], ("B-x", "I-x", "O"), [[2, 0], [1, 2], [2, 2]]),
+        ("classification", ["O B-x", "I-x O", "O"], ("I-x O", "O", "O B-x"), [2, 0, 1]),
+        ("grouped", ["no", "yes", "no"], ("no", "yes"), [0, 1, 0]),
+    ],
+)
+def test_other_types_and_their_classes(tmp_path, type, labels, names, prepared):
+    path = tmp_path / "train.csv"
+    columns = ["text", "more"] if type == "grouped" else ["text"]
+    with open(path, "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow([*columns, "label"])
+        writer.writerows([*(["a cat"] * len(columns)), label] for label in labels)
+    task = infer_task(path, type=type)
+    assert (task.type, task.labels) == (type, names)
+    assert load_task(task)["train"]["label"][:] == prepared
+
+
+def test_span_and_regression_name_no_classes(jsonl):
+    answers = {"text": ["cat"], "answer_start": [2]}
+    path = jsonl("a.jsonl", [{"question": "who", "context": "a cat", "answers": answers}])
+    task = infer_task(path, type="span", label_column="answers")
+    assert (task.text_columns, task.labels) == (("question", "context"), None)
+    assert load_task(task)["train"]["answers"][0] == answers
+    path = jsonl("b.jsonl", [{"text": "x", "label": 1}, {"text": "y", "label": 2}])
+    assert infer_task(path, type="regression").labels is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "type", "words"),
+    [
+        (
+            ["a", "O B-x O"],
+            None,
+            ["line 2", "'O B-x O' looks like a tag for every word", "--task_type tagging"],
+        ),
+        (["a", ""], None, ["line 2", "each row needs a label", "--task_type multi_label"]),
+        (["a", ["b"]], None, ["line 2", "['b']", "--task_type multi_label", "tagging"]),
+        (["a", ""], "classification", ["line 2", "each row needs a label"]),
+        ([["a"], ["b", None]], "multi_label", ["line 2", "each row needs a label"]),
+        ([[0, 1, 0]], "multi_label", ["line 1", "[0, 1, 0] does not name classes", "--tasks_file"]),
+        (["O B-x", {"a": 1}], "tagging", ["line 2", "is no list", "--tasks_file"]),
+        (["0", "1"], "choice", ["options: choices", "--tasks_file"]),
+        (["0", "1"], "marked_spans", ["options: spans", "--tasks_file"]),
+        (["0", "1"], "sorting", ["unknown task type 'sorting'", "tagging"]),
+    ],
+)
+def test_types_that_labels_do_not_fit(jsonl, labels, type, words):
+    path = jsonl("a.jsonl", [{"text": "a cat", "label": label} for label in labels])
+    with pytest.raises(UsageError) as caught:
+        infer_task(path, type=type, text_columns="text")
     for word in words:
         assert word in str(caught.value)
 

@@ -119,6 +119,12 @@ class TaskType(ABC):
     def prepare_label(self, task: Task, value: Any) -> Any:
         """A raw label as class id or number; None for a row without label; ``ValueError`` if impossible."""
 
+    def classes_in(self, value: Any) -> list[Any] | None:
+        """The classes that a raw label names, for a task made from a file alone; None where labels name none,
+        ``ValueError`` where the file alone does not tell.
+        """
+        return None
+
     def prepare(
         self,
         task: Task,

@@ -37,6 +37,10 @@ class Classification(TaskType):
         """A class id from a name, an id, or either written as text; None, "" and -1 mean no label."""
         return class_id(task, value)
 
+    def classes_in(self, value: Any) -> list[Any]:
+        """One."""
+        return [value]
+
     def head(self, task: Task) -> HeadSpec:
         """One output per class."""
         return HeadSpec(outputs=len(task.labels or ()))

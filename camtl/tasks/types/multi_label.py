@@ -66,6 +66,18 @@ class MultiLabel(TaskType):
             raise ValueError(f"label {value!r} has an entry that is empty or -1")
         return sorted({i for i in ids if i is not None})
 
+    def classes_in(self, value: Any) -> list[Any]:
+        """The entries of a list, or of a text; a 0 or 1 for every class does not say what they are called."""
+        value = as_json(value)
+        if is_missing(value):
+            return []
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(self.options["separator"]) if part.strip()]
+        found = list(value) if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(part, bool) or found.count(part) > 1 for part in found):
+            raise ValueError(f"{value!r} does not name classes")
+        return found
+
     def encode(self, task: Task, rows: Columns, tokenizer: Any, max_length: int) -> dict[str, list[Any]]:
         """``labels``: a 0 or 1 for every class, NaN for rows without."""
         out = encode_texts([rows[column] for column in task.text_columns], tokenizer, max_length)

@@ -65,6 +65,10 @@ class Tagging(TaskType):
             ids.append(found)
         return ids
 
+    def classes_in(self, value: Any) -> list[Any]:
+        """The tags of a row."""
+        return _list(value) or []
+
     def prepare(
         self, task: Task, columns: Columns, where: Where, allow_unlabelled: bool = False
     ) -> dict[str, list[Any]]:
