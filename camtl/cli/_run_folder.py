@@ -32,6 +32,10 @@ def open_run(path: str) -> Path:
         raise UsageError(f"{path}: is a file; give the output folder of camtl train")
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).exists()]
     if missing and not any((folder / name).exists() for name in _OTHER_WEIGHTS):
+        if missing == ["model.safetensors"]:
+            from camtl.models.small_checkpoints import ADAPTER_FILE, is_small
+
+            missing = [ADAPTER_FILE] if is_small(read_config_json(folder)) else missing
         raise UsageError(
             f"{path}: holds no trained model ({' and '.join(missing)} missing); "
             "give the output folder of camtl train"

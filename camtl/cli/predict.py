@@ -51,7 +51,7 @@ _SORTED = 32
 def run(argv: Sequence[str]) -> int:
     """Run ``camtl predict``."""
     parser = CommandParser(
-        "predict", _DESCRIPTION, _EXAMPLES, "RUN [--task NAME] [--text TEXT [TEXT]] [options]"
+        "predict", _DESCRIPTION, _EXAMPLES, "RUN [--task NAME] [--text TEXT [TEXT ...]] [options]"
     )
     parser.add_argument("run", metavar="RUN", help="folder of a trained model (--output_dir of camtl train)")
     parser.add_argument(
@@ -60,11 +60,11 @@ def run(argv: Sequence[str]) -> int:
     source = parser.add_argument_group("what to label (default: lines of stdin)")
     source.add_argument(
         "--text",
-        metavar="TEXT [TEXT]",
+        metavar="TEXT [TEXT ...]",
         nargs="+",
         action="append",
         type=text,
-        help="a text, or both texts of a pair; repeatable",
+        help="a row: its text, or all its texts (a pair; what is asked, then the choices); repeatable",
     )
     source.add_argument(
         "--input_file",
@@ -243,7 +243,7 @@ def _line_rows(lines: Iterable[str | None], task: Task, name: str) -> Iterator[P
             one = len(task.task_type.columns(task)) == 1
             yield where, _row(task, [line] if one else line.split("\t"), where)
     if blank:
-        print(f"camtl: {name}: skipped {blank:,} blank lines", file=sys.stderr)
+        print(f"camtl: {name}: skipped {blank:,} blank line{'' if blank == 1 else 's'}", file=sys.stderr)
 
 
 def _json_row(task: Task, line: str, where: str) -> Row:

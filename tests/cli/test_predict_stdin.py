@@ -151,9 +151,15 @@ def test_what_may_have_to_be_waited_for(pipe: Pipe, tmp_path: Path) -> None:
 # -- errors of rows --
 LONG = "the cat sees the dog " * 12
 WRONG = [
-    ("who", {"words": []}, "holds no word"),
+    ("who", {"words": []}, "task 'who': the column 'words' holds no word"),
     ("where", {"question": LONG, "context": "the cat"}, "task 'where': question 'the cat"),
-    ("where", {"question": "a cat", "context": {}}, "the text column 'context' is a dict"),
+    ("where", {"question": "a cat", "context": {}}, "task 'where': the text column 'context' is a dict"),
+    ("pick", {"premise": "the cat", "a": None, "b": "runs"}, "task 'pick': the text column 'a' is missing"),
+    (
+        "sense",
+        {"one": "a", "s1": -1, "e1": 1, "two": "a", "i2": 0, "w2": "a"},
+        "task 'sense': the column 's1'",
+    ),
     ("pick", {"premise": "the cat", "a": LONG, "b": "runs"}, "task 'pick': choice 1 "),
 ]
 
@@ -201,3 +207,11 @@ def test_a_text_that_is_none_is_named_by_its_line(trained: Run, monkeypatch: pyt
     outcome = call(*flags(trained, "cola"))
     assert outcome.code == 2
     assert outcome.error_line.startswith("camtl: error: stdin, line 2: {'sentence': {}} is not accepted")
+
+
+@pytest.mark.parametrize(("blank", "said"), [(1, "skipped 1 blank line\n"), (2, "skipped 2 blank lines\n")])
+def test_blank_lines_are_counted(
+    trained: Run, monkeypatch: pytest.MonkeyPatch, blank: int, said: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n" + "\n" * blank))
+    assert f"camtl: stdin: {said}" in call(*flags(trained, "cola")).err

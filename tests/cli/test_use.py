@@ -33,6 +33,24 @@ def test_folders_that_are_no_runs(command: str, encoder: Path, tmp_path: Path) -
         assert words in outcome.error_line
 
 
+def test_the_weights_that_a_folder_lacks_are_named(trained: Run, tmp_path: Path) -> None:
+    folder = copy_of(trained, tmp_path / "none")
+    (folder / "model.safetensors").unlink()
+    line = call("predict", folder).error_line
+    assert "no trained model (model.safetensors missing)" in line
+    config = read(folder / "config.json")
+    config["base_encoder"]["sha256"] = "0" * 64  # a small checkpoint
+    (folder / "config.json").write_text(json.dumps(config))
+    line = call("predict", folder).error_line
+    assert "no trained model (adapter_model.safetensors missing)" in line
+
+
+def test_the_help_speaks_of_more_texts_than_a_pair(run) -> None:
+    told = " ".join(run("predict", "--help").out.split())
+    assert "--text TEXT [TEXT ...]" in told
+    assert "what is asked, then the choices" in told
+
+
 def test_weights_that_are_cut_short(trained: Run, tmp_path: Path) -> None:
     folder = copy_of(trained, tmp_path / "cut")
     weights = folder / "model.safetensors"

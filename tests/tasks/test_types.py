@@ -79,7 +79,7 @@ def test_texts():
     out = task.task_type.prepare(task, {"text": ["x", "", 3], "label": [0, 1, 0]}, where)
     assert out["text"] == ["x", "", "3"]
     for bad in (None, float("nan"), ["x"], True):
-        with pytest.raises(UsageError, match=r"line 2: the text column 'text' is"):
+        with pytest.raises(UsageError, match=r"line 2: task '\w+': the text column 'text' is"):
             task.task_type.prepare(task, {"text": [bad], "label": [0]}, where)
 
 

@@ -140,7 +140,9 @@ class TaskType(ABC):
         :class:`UsageError` naming the row.
         """
         out: dict[str, list[Any]] = {
-            column: [as_text(value, column, where, i) for i, value in enumerate(columns[column])]
+            column: [
+                as_text(value, column, of_task(task, where), i) for i, value in enumerate(columns[column])
+            ]
             for column in task.text_columns
         }
         if task.label_column in columns or not allow_unlabelled:
@@ -265,6 +267,11 @@ def encode_rows(
 def is_missing(value: Any) -> bool:
     """None or NaN: how JSON, Parquet and pandas say that there is nothing."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def of_task(task: Task, where: Where) -> Where:
+    """``where`` with the task's name behind the place."""
+    return lambda i: f"{where(i)}: task {task.name!r}"
 
 
 def as_text(value: Any, column: str, where: Where, i: int) -> str:

@@ -18,6 +18,7 @@ from camtl.tasks.types.base import (
     as_text,
     count,
     is_missing,
+    of_task,
     softmax,
 )
 
@@ -99,9 +100,9 @@ class Choice(TaskType):
         for name in names:
             own = columns[name]
             if len(names) == 1:
-                out[name] = [_listed(value, name, where, i) for i, value in enumerate(own)]
+                out[name] = [_listed(value, name, of_task(task, where), i) for i, value in enumerate(own)]
             else:
-                out[name] = [as_text(value, name, where, i) for i, value in enumerate(own)]
+                out[name] = [as_text(value, name, of_task(task, where), i) for i, value in enumerate(own)]
         for i, own in enumerate(_choices(task, out)):
             if not all(text.strip() for text in own):
                 raise UsageError(f"{where(i)}: task {task.name!r}: a choice is empty")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from camtl.errors import UsageError
 from camtl.tasks.metrics import METRICS
 from camtl.tasks.types._pairs import cut_first
-from camtl.tasks.types.base import Columns, Outputs, Where, as_text, check_scores
+from camtl.tasks.types.base import Columns, Outputs, Where, as_text, check_scores, of_task
 from camtl.tasks.types.classification import Classification, class_labels
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class Grouped(Classification):
         out = super().prepare(task, columns, where, allow_unlabelled)
         for name in self.columns(task):
             if name not in out:
-                out[name] = [as_text(value, name, where, i) for i, value in enumerate(columns[name])]
+                named = of_task(task, where)
+                out[name] = [as_text(value, name, named, i) for i, value in enumerate(columns[name])]
         return out
 
     def encode(self, task: Task, rows: Columns, tokenizer: Any, max_length: int) -> dict[str, list[Any]]:

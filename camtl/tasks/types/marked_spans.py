@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from camtl.errors import UsageError
 from camtl.tasks.types._places import Offsets, covering
-from camtl.tasks.types.base import Columns, HeadSpec, Where, as_text, is_missing
+from camtl.tasks.types.base import Columns, HeadSpec, Where, as_text, is_missing, of_task
 from camtl.tasks.types.classification import Classification, class_labels
 
 if TYPE_CHECKING:
@@ -62,9 +62,10 @@ class MarkedSpans(Classification):
     ) -> dict[str, list[Any]]:
         """Texts, labels, and the places as given, once it is known that they are there."""
         out = super().prepare(task, columns, where, allow_unlabelled)
+        named = of_task(task, where)
         for name, kind in _place_columns(task).items():
             out[name] = [
-                as_text(value, name, where, i) if kind == "string" else _whole(value, name, where, i)
+                as_text(value, name, named, i) if kind == "string" else _whole(value, name, named, i)
                 for i, value in enumerate(columns[name])
             ]
         for i in range(len(out[task.text_columns[0]])):

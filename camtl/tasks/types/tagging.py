@@ -14,6 +14,7 @@ from camtl.tasks.types.base import (
     TaskType,
     Where,
     is_missing,
+    of_task,
     softmax,
 )
 from camtl.tasks.types.classification import check_classes, class_id
@@ -75,7 +76,9 @@ class Tagging(TaskType):
         """Words as lists of texts (a text is split at blanks), tags as lists of ids, one a word."""
         column = task.text_columns[0]
         out: dict[str, list[Any]] = {
-            column: [_words(value, column, where, i) for i, value in enumerate(columns[column])]
+            column: [
+                _words(value, column, of_task(task, where), i) for i, value in enumerate(columns[column])
+            ]
         }
         if task.label_column in columns or not allow_unlabelled:
             out[task.label_column] = self.prepare_labels(task, columns, where, allow_unlabelled)

@@ -95,7 +95,7 @@ def test_the_group_may_be_another_column(prepared):
     assert own.task_type.compute_metrics(outputs(rows, [1, 0, 0]), own)["exact_match"] == 0.5
     assert own.task_type.compute_metrics(outputs(rows, [0, 1, 1]), own)["exact_match"] == 0.5
     assert task.task_type.compute_metrics(outputs(rows, [0, 1, 1]), task)["exact_match"] == 0.0
-    with pytest.raises(UsageError, match=r"line 1: the text column 'id' is missing"):
+    with pytest.raises(UsageError, match=r"line 1: task 'g': the text column 'id' is missing"):
         prepared(task, [{"question": "a", "answer": "b", "label": 1, "id": None}])
 
 
