@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from camtl.data.loading import place_of, prepare_dataset
 from camtl.errors import UsageError
 from camtl.tasks import Task
-from camtl.tasks.types.base import Where
+from camtl.tasks.types.base import Where, encode_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,7 +113,7 @@ def _tokenised(
     with bar:
         for start in range(0, rows, _BATCH):
             part = {name: values[start : start + _BATCH] for name, values in columns.items()}
-            batch = _encoded(task, part, tokenizer, max_seq_length, start, where)
+            batch = encode_rows(task, part, tokenizer, max_seq_length, partial(_from, where, start))
             batch["length"] = [len(ids) for ids in batch["input_ids"]]
             if "row" in batch:
                 batch["row"] = [start + row for row in batch["row"]]
@@ -124,25 +124,8 @@ def _tokenised(
             bar.update(len(part[task.text_columns[0]]))
 
 
-def _encoded(
-    task: Task,
-    part: dict[str, Sequence[Any]],
-    tokenizer: Any,
-    max_seq_length: int,
-    start: int,
-    where: Where,
-) -> dict[str, list[Any]]:
-    """Rows from number ``start`` on as sequences; :class:`UsageError` names the row that cannot be one."""
-    try:
-        return task.task_type.encode(task, part, tokenizer, max_seq_length)
-    except UsageError:
-        for i in range(len(part[task.text_columns[0]])):
-            try:
-                row = {name: values[i : i + 1] for name, values in part.items()}
-                task.task_type.encode(task, row, tokenizer, max_seq_length)
-            except UsageError as error:
-                raise UsageError(f"{where(start + i)}: {error}") from None
-        raise
+def _from(where: Where, start: int, row: int) -> str:
+    return where(start + row)
 
 
 def _labelled(task: Task, columns: Mapping[str, Sequence[Any]]) -> bool:

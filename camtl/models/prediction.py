@@ -14,10 +14,8 @@ from camtl.models.packing import packs
 
 if TYPE_CHECKING:
     from camtl.tasks.types import Outputs
-    from camtl.tasks.view import TaskView
-
-if TYPE_CHECKING:
     from camtl.tasks.types.base import Where
+    from camtl.tasks.view import TaskView
 
 Text = str | tuple[str, ...] | list[str] | dict[str, Any]
 #: What heads read that answer with places in the text.
