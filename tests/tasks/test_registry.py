@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from camtl.errors import UsageError
-from camtl.tasks import GROUPS, Task, get_task, list_tasks, register_task, registry, resolve_tasks
+from camtl.tasks import GROUPS, TASK_TYPES, Task, get_task, list_tasks, register_task, registry, resolve_tasks
 
 
 @pytest.fixture(autouse=True)
@@ -168,11 +169,26 @@ def test_the_documentation_names_every_built_in_task_with_its_type_and_source():
         assert hub.split(",")[0].strip("`").replace("<task>", name) == source
 
 
-def test_the_rows_shown_in_the_documentation_are_read():
-    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in page.split("```json")[1].split("```")[0].strip().splitlines()]
-    tasks = ["wnut17", "copa", "squad", "record", "wic", "wsc", "multirc"]
-    for name, row in zip(tasks, rows, strict=True):
-        task = get_task(name)
-        prepared = task.task_type.prepare(task, {key: [value] for key, value in row.items()}, str)
+def test_the_rows_shown_in_the_readme_are_read():
+    """One row of every type, read as the task beside it reads its own files."""
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| `(\{.*\})` \|$", page, re.MULTILINE))
+    assert rows.keys() == TASK_TYPES.keys()
+    own = {
+        "classification": {"text_columns": ["text"], "labels": ["weather", "sport"]},
+        "multi_label": {"text_columns": ["text"], "labels": ["delivery", "price", "quality"]},
+        "choice": {"text_columns": ["premise"], "options": {"choices": ["choice1", "choice2"]}},
+        "tagging": {"text_columns": ["tokens"], "label_column": "tags", "labels": ["O", "B-person"]},
+    }
+    built_in = {
+        "regression": "stsb",
+        "span": "squad",
+        "cloze": "record",
+        "marked_spans": "wic",
+        "grouped": "multirc",
+    }
+    for kind, row in rows.items():
+        task = get_task(built_in[kind]) if kind in built_in else Task(name="own", type=kind, **own[kind])
+        assert task.type == kind
+        prepared = task.task_type.prepare(task, {k: [v] for k, v in json.loads(row).items()}, str)
         assert list(prepared[task.label_column]) != [None]
