@@ -108,8 +108,11 @@ def load_data(request: TrainRequest) -> dict[str, dict[str, Any]]:
             if split not in splits:
                 note(f"task {task.name!r} has no {split} rows: the run is evaluated without them")
         for split, rows in splits.items():
-            most = request.data.max_train_samples if split == "train" else request.data.max_eval_samples
-            splits[split] = subset(rows, most)
+            if split == "train":
+                splits[split] = subset(rows, request.data.max_train_samples)
+            else:
+                groups = task.task_type.groups(task, rows)
+                splits[split] = subset(rows, request.data.max_eval_samples, groups=groups)
         loaded[task.name] = splits
     return loaded
 

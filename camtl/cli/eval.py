@@ -147,7 +147,10 @@ def _load(
             raise error
         for split, part in rows.items():
             _check_labels(task, split, part)
-        data[task.name] = {split: subset(part, most) for split, part in rows.items()}
+        data[task.name] = {
+            split: subset(part, most, groups=task.task_type.groups(task, part))
+            for split, part in rows.items()
+        }
     return data
 
 

@@ -100,6 +100,34 @@ def test_an_unreachable_hub_is_told_at_once(encoder: Path, tmp_path: Path) -> No
     assert "--data_dir" in line
 
 
+def test_row_limits_leave_the_groups_of_a_grouped_task_whole(encoder: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question": f"the cat {i // 4}", "answer": f"cat {i}", "label": ("no", "yes")[i % 2]}
+        for i in range(40)
+    ]
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / "data" / "groups" / f"{split}.jsonl", rows)
+    (tmp_path / "tasks.yaml").write_text(
+        "[{name: groups, type: grouped, text_columns: [question, answer], labels: ['no', 'yes']}]"
+    )
+    run = tmp_path / "run"
+    limits = ("--max_train_samples", 10, "--max_eval_samples", 10)
+    outcome = call(
+        *("train", "--model_name_or_path", encoder, "--tasks_file", tmp_path / "tasks.yaml", *limits),
+        *("--data_dir", tmp_path / "data", "--max_steps", 1, "--output_dir", run, "--use_cpu"),
+    )
+    assert outcome.code == 0, outcome.err
+    given = {"model_name_or_path": str(encoder), "tasks_file": str(tmp_path / "tasks.yaml")}
+    given |= {"data_dir": str(tmp_path / "data"), "max_train_samples": 10, "max_eval_samples": 10}
+    parts = load_data(read_request(given))["groups"]
+    assert len(parts["train"]) == 10
+    whole = parts["validation"]
+    assert len(whole) == 8
+    assert len(set(whole["question"])) == 2
+    found = json.loads(call("eval", run, "--device", "cpu", "--json").out)
+    assert found["eval_loss"] == pytest.approx(read(run / "eval_results.json")["eval_loss"], abs=1e-6)
+
+
 def test_row_limits_take_rows_of_all_classes(encoder: Path, tmp_path: Path) -> None:
     rows = [{"sentence": "the cat sleeps", "label": int(i >= 30)} for i in range(60)]
     folder, run = broken(tmp_path / "data", rows, rows), tmp_path / "run"

@@ -6,6 +6,7 @@ import pytest
 
 from camtl.data import subset
 from camtl.errors import UsageError
+from camtl.tasks import get_task
 
 datasets = pytest.importorskip("datasets")
 
@@ -31,6 +32,34 @@ def test_no_limit_or_a_wide_one_gives_the_rows_themselves() -> None:
     assert subset(whole, None) is whole
     assert subset(whole, 5) is whole
     assert subset(whole, 9) is whole
+
+
+def test_groups_are_taken_whole_each_that_still_fits() -> None:
+    groups = [i // 7 for i in range(1000)]
+    chosen = subset(rows(1000), 100, groups=groups)["row"][:]
+    assert 94 <= len(chosen) <= 100, "a group of seven more would have fitted"
+    assert chosen == sorted(chosen)
+    taken = {groups[row] for row in chosen}
+    assert chosen == [row for row in range(1000) if groups[row] in taken]
+    assert max(taken) - min(taken) > 40, "groups come from all over the file"
+    assert chosen != subset(rows(1000), 100, seed=1, groups=groups)["row"][:]
+
+
+def test_rows_of_a_group_may_lie_apart() -> None:
+    chosen = subset(rows(100), 50, groups=[i % 4 for i in range(100)])["row"][:]
+    assert len(chosen) == 50
+    assert len({row % 4 for row in chosen}) == 2
+
+
+def test_a_group_larger_than_the_limit_is_taken_whole() -> None:
+    assert len(subset(rows(20), 3, groups=[i // 10 for i in range(20)])) == 10
+
+
+def test_a_grouped_task_says_what_its_groups_are() -> None:
+    columns = {"paragraph": ["a", "a", "b"], "question": ["q", "q", "q"], "answer": ["x", "y", "z"]}
+    task = get_task("multirc")
+    assert task.task_type.groups(task, columns) == [("a", "q"), ("a", "q"), ("b", "q")]
+    assert get_task("cola").task_type.groups(get_task("cola"), {"sentence": ["s"]}) is None
 
 
 @pytest.mark.parametrize("most", [0, -3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -170,6 +170,12 @@ class TaskType(ABC):
     def notes(self, task: Task, rows: Columns, where: Where) -> list[str]:
         """What people should know of prepared rows that can be used: a line each, with the first place."""
         return []
+
+    def groups(self, task: Task, rows: Columns) -> Sequence[Hashable] | None:
+        """What each row belongs to where a metric judges rows together, so that parts of the rows hold whole
+        groups; None where every row stands for itself.
+        """
+        return None
 
     def encode(self, task: Task, rows: Columns, tokenizer: Any, max_length: int) -> dict[str, list[Any]]:
         """Prepared rows as token sequences: ``input_ids``, ``token_type_ids`` and what the head needs.

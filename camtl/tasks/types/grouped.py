@@ -61,6 +61,10 @@ class Grouped(Classification):
                 out[name] = [as_text(value, name, named, i) for i, value in enumerate(columns[name])]
         return out
 
+    def groups(self, task: Task, rows: Columns) -> list[tuple[Any, ...]]:
+        """The cells of each row that name its group."""
+        return list(zip(*(rows[name] for name in _group(task)), strict=True))
+
     def encode(self, task: Task, rows: Columns, tokenizer: Any, max_length: int) -> dict[str, list[Any]]:
         """One pair of texts a row, with ``labels``."""
         first, *others = (rows[column] for column in task.text_columns)
@@ -92,7 +96,9 @@ class Grouped(Classification):
         import numpy as np
 
         logits, labels = check_scores(outputs, 2, task)
-        return _scores(logits.argmax(axis=1), labels.astype(np.int64), outputs.need_rows(task), task)
+        return _scores(
+            logits.argmax(axis=1), labels.astype(np.int64), self.groups(task, outputs.need_rows(task)), task
+        )
 
     def constant_answer(self, task: Task, rows: Columns) -> Any:
         """The most frequent class id (the lower one of equals)."""
@@ -106,16 +112,17 @@ class Grouped(Classification):
         import numpy as np
 
         labels = np.asarray(rows[task.label_column])
-        return _scores(np.full(len(labels), int(answer)), labels, rows, task)
+        return _scores(np.full(len(labels), int(answer)), labels, self.groups(task, rows), task)
 
 
 def _group(task: Task) -> tuple[str, ...]:
     return tuple(task.option("group")) or task.text_columns[:-1]
 
 
-def _scores(predictions: np.ndarray, labels: np.ndarray, rows: Columns, task: Task) -> dict[str, float]:
+def _scores(
+    predictions: np.ndarray, labels: np.ndarray, keys: list[tuple[Any, ...]], task: Task
+) -> dict[str, float]:
     right: dict[tuple[Any, ...], bool] = {}
-    keys = list(zip(*(rows[name] for name in _group(task)), strict=True))
     if len(keys) != len(labels):
         raise UsageError(f"task {task.name!r}: {len(labels)} answers, but the rows are {len(keys)}")
     for key, good in zip(keys, predictions == labels, strict=True):
