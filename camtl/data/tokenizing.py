@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 from camtl.data.loading import place_of, prepare_dataset
 from camtl.errors import UsageError
 from camtl.tasks import Task
-from camtl.tasks.types.base import Where, encode_rows
+from camtl.tasks.types.base import TaskType, Where, encode_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-#: Part of the cache key: raise it whenever the meaning or form of tokenised rows changes.
+#: Part of the cache key: raise it whenever the meaning or form of tokenised rows changes by more than the
+#: code of a task's type, which is a part of the key too.
 CACHE_VERSION = 2
 TOKENISED_COLUMNS = (
     "input_ids",
@@ -65,8 +68,9 @@ def tokenize(
     ``token_begin``, ``token_end`` (lists of int32) and ``row`` (int32, the number of the row that a sequence
     is a part of; absent where every row is one sequence). See :meth:`camtl.tasks.TaskType.encode`.
 
-    The cache (``cache_dir``, default the one of ``datasets``) is keyed by the rows, the task's columns and
-    labels, the tokenizer's whole definition, the length and this code's version.
+    The cache (``cache_dir``, default the one of ``datasets``) is keyed by the rows, the task's columns,
+    labels and options, the source of its type, the tokenizer's whole definition, the length and this code's
+    version.
     """
     if is_tokenised(dataset):
         return dataset
@@ -139,6 +143,7 @@ def _key(task: Task, columns: Mapping[str, Sequence[Any]], tokenizer: Any, max_s
     digest = hashlib.sha256()
     about = {
         "version": CACHE_VERSION,
+        "code": _code(task.task_type),
         "task": [task.name, task.type, task.text_columns, task.label_column, task.labels, task.options],
         "columns": list(columns),
         "max_seq_length": max_seq_length,
@@ -152,6 +157,19 @@ def _key(task: Task, columns: Mapping[str, Sequence[Any]], tokenizer: Any, max_s
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
     return digest.hexdigest()
+
+
+def _code(task_type: TaskType) -> list[str]:
+    """Hashes of the modules that a type of task is written in, its own and those of its bases."""
+    out = []
+    for kind in type(task_type).__mro__[:-1]:
+        module = sys.modules.get(kind.__module__)
+        try:
+            text = inspect.getsource(module) if module is not None else ""
+        except (OSError, TypeError):  # typed in, or installed without sources
+            text = ""
+        out.append(f"{kind.__qualname__} {hashlib.sha256(text.encode()).hexdigest()}")
+    return out
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import importlib
+import sys
+
 import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
 
 from camtl.data import is_tokenised, tokenize, tokenizing
 from camtl.errors import UsageError
-from camtl.tasks import Task
+from camtl.tasks import Task, types
 
 SINGLE = Task(name="one", type="classification", text_columns=["text"], labels=["no", "yes"])
 PAIR = Task(name="two", type="regression", text_columns=["a", "b"])
@@ -108,6 +111,35 @@ def test_a_new_code_version_makes_the_cache_anew(rows, tokenizer, tmp_path, monk
     monkeypatch.setattr(tokenizing, "CACHE_VERSION", tokenizing.CACHE_VERSION + 1)
     tokenize(SINGLE, rows, tokenizer, 16, tmp_path)
     assert len(list(tmp_path.rglob("*.arrow"))) == 2
+
+
+def test_a_type_that_was_edited_makes_the_cache_anew(rows, tokenizer, tmp_path, monkeypatch):
+    """A package's author changes how rows are encoded, and would else train on what the old code left."""
+    source = """
+from camtl.tasks.types.classification import Classification
+
+class Kind(Classification):
+    name = "edited"
+
+    def encode(self, task, rows, tokenizer, max_length):
+        out = super().encode(task, rows, tokenizer, max_length)
+        lists = {name: out[name] for name in ("input_ids", "token_type_ids")}
+        return {**out, **{name: [cells + EXTRA for cells in column] for name, column in lists.items()}}
+"""
+    folder, cache = tmp_path / "code", tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    lengths = []
+    for extra in ("[]", "[1]", "[1]"):
+        (folder / "edited_type.py").write_text(f"EXTRA = {extra}\n{source}")
+        importlib.invalidate_caches()
+        monkeypatch.delitem(sys.modules, "edited_type", raising=False)
+        monkeypatch.setitem(types.TASK_TYPES, "edited", importlib.import_module("edited_type").Kind())
+        task = SINGLE.model_copy(update={"type": "edited"})
+        lengths.append(tokenize(task, rows, tokenizer, 16, cache)["length"][0])
+    assert lengths[1:] == [lengths[0] + 1] * 2
+    assert len(list(cache.rglob("*.arrow"))) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"rubbish", None])
