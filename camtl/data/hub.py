@@ -6,12 +6,13 @@ import logging
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from camtl.errors import UsageError
 from camtl.tasks import Task
+from camtl.tasks.types.base import is_missing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,8 +88,6 @@ def load_from_hub(
 
 def _as_ours(task: Task, rows: Dataset, name: str) -> Dataset:
     """The rows with the task's names of columns and classes, as its source translates them."""
-    import datasets
-
     source = task.source
     assert source is not None
     if source.columns:
@@ -105,18 +104,50 @@ def _as_ours(task: Task, rows: Dataset, name: str) -> Dataset:
             {theirs: ours for ours, theirs in source.columns.items() if ours != theirs}
         )
     if source.labels and task.label_column in rows.column_names:
-        columns = {column: rows[column][:] for column in rows.column_names}
-        own = source.labels
-        columns[task.label_column] = [own.get(str(label), label) for label in columns[task.label_column]]
-        rows = datasets.Dataset.from_dict(columns)
+        rows = _with_our_classes(task, rows)
     return rows
+
+
+def _with_our_classes(task: Task, rows: Dataset) -> Dataset:
+    """The rows with the task's class names in place of what ``source.labels`` says the hub holds.
+
+    A label may be a class or a list of classes. Ids of a ``ClassLabel`` become its names first: their order
+    is the hub's, not the task's.
+    """
+    import datasets
+
+    column = task.label_column
+    given = rows[column][:]
+    feature = rows.features[column]
+    feature = getattr(feature, "feature", feature)  # of a list of labels, that of its entries
+    if isinstance(feature, datasets.ClassLabel):
+        names = feature.names
+        given = [_each(label, lambda i: names[i] if i is not None and i >= 0 else None) for label in given]
+    own = task.source.labels if task.source is not None else {}
+    known = [part for label in given for part in (label if isinstance(label, list) else [label])]
+    if not isinstance(feature, datasets.ClassLabel) and not any(str(part) in own for part in known):
+        return rows  # nothing to translate, as in a column of a 0 or 1 for every class
+    labels = [_each(label, lambda part: _our_class(part, own)) for label in given]
+    return rows.remove_columns(column).add_column(column, labels)
+
+
+def _each(label: Any, translate: Callable[[Any], Any]) -> Any:
+    return [translate(part) for part in label] if isinstance(label, list) else translate(label)
+
+
+def _our_class(label: Any, own: Mapping[str, str]) -> str | None:
+    """The task's name of a hub's class, text also for one without a translation: a column has one type."""
+    if str(label) in own:
+        return own[str(label)]
+    return None if is_missing(label) or label == -1 else str(label)
 
 
 def _labelled(task: Task, rows: Dataset, split: str) -> Dataset:
     """Without the rows that have no label: SNLI marks those on which its annotators did not agree by -1."""
     if task.label_column not in rows.column_names:
         return rows
-    kept = [i for i, label in enumerate(rows[task.label_column][:]) if label is not None and label != -1]
+    labels = rows[task.label_column][:]
+    kept = [i for i, label in enumerate(labels) if not _is_no_label(task, label)]
     if len(kept) == len(rows) or not kept:
         return rows  # none: loading says that the labels are missing
     logger.warning(
@@ -124,6 +155,18 @@ def _labelled(task: Task, rows: Dataset, split: str) -> Dataset:
         f"{len(rows) - len(kept):,}", f"{len(rows):,}", split,
     )  # fmt: skip
     return rows.select(kept)
+
+
+def _is_no_label(task: Task, label: Any) -> bool:
+    """Whether a raw label is empty, or a -1 that is none: to a regression -1 may be a score."""
+    if is_missing(label):
+        return True
+    if label != -1:
+        return False
+    try:
+        return task.task_type.prepare_label(task, label) is None
+    except ValueError:
+        return True
 
 
 @contextmanager

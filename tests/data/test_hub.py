@@ -128,6 +128,65 @@ def test_a_hub_whose_columns_or_classes_have_changed(monkeypatch):
         load_task(QUESTIONS)
 
 
+def with_labels(monkeypatch, task, labels, feature=None):
+    """What the task reads of a hub whose train rows have these labels."""
+    listed = task.type == "tagging"
+    texts = [["w"] * len(label) if listed else "text" for label in labels]
+    columns = {task.text_columns[0]: texts, task.label_column: labels}
+    rows = datasets.Dataset.from_dict(columns)
+    if feature is not None:
+        rows = rows.cast_column(task.label_column, feature)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": rows, "test": rows})
+    return load_task(task, splits=["train"])["train"][task.label_column][:]
+
+
+def of_hub(kind, theirs, ours=("bad", "good")):
+    columns = {"text_columns": ["sentence"], "label_column": "answer"}
+    source = {"hub": "some/rows", "labels": theirs}
+    return Task(name="mine", type=kind, labels=list(ours), source=source, **columns)
+
+
+def test_classes_are_translated_by_name_not_by_the_hubs_order(monkeypatch, caplog):
+    feature = datasets.ClassLabel(names=["POS", "NEG"])
+    task = of_hub("classification", {"POS": "good", "NEG": "bad"})
+    assert with_labels(monkeypatch, task, [0, 1, 1, -1], feature) == [1, 0, 0]
+    assert "1 of 4 train rows have no label" in caplog.text
+    # names that are numbers are names all the same, and one that is the task's needs no translation
+    task = of_hub("classification", {"1": "bad"})
+    assert with_labels(monkeypatch, task, [0, 1], datasets.ClassLabel(names=["1", "good"])) == [0, 1]
+    with pytest.raises(UsageError, match="'MIXED' is none of"):
+        with_labels(monkeypatch, task, [0, 1], datasets.ClassLabel(names=["1", "MIXED"]))
+
+
+def test_numbers_are_translated_beside_rows_without_a_label(monkeypatch):
+    task = of_hub("classification", {"0": "good", "4": "bad"})
+    assert with_labels(monkeypatch, task, [0, 4, -1, None]) == [1, 0]
+
+
+TAGS = of_hub("tagging", {"PER": "B-person", "CONT": "I-person"}, ["O", "B-person", "I-person"])
+
+
+def test_lists_of_classes_are_translated_entry_by_entry(monkeypatch):
+    assert with_labels(monkeypatch, TAGS, [["O", "PER", "CONT"], ["PER"]]) == [[0, 1, 2], [1]]
+    names = datasets.List(datasets.ClassLabel(names=["CONT", "PER", "O"]))
+    assert with_labels(monkeypatch, TAGS, [[2, 1, 0], [1]], names) == [[0, 1, 2], [1]]
+    with pytest.raises(UsageError, match="word 2: tag 'LOC' is none of"):
+        with_labels(monkeypatch, TAGS, [["PER", "LOC"]])
+    task = of_hub("multi_label", {"POS": "good", "NEG": "bad"})
+    assert with_labels(monkeypatch, task, [["POS"], ["POS", "NEG"], []]) == [[1], [0, 1], []]
+    assert with_labels(monkeypatch, task, [[True, False], [True, True]]) == [[0], [0, 1]]
+
+
+def test_a_score_of_minus_one_is_kept(monkeypatch, caplog):
+    task = Task(name="mood", type="regression", text_columns=["text"], source={"hub": "some/moods"})
+    assert with_labels(monkeypatch, task, [-1.0, 0.5, -1.0]) == [-1.0, 0.5, -1.0]
+    assert not caplog.text
+    ranged = task.model_copy(update={"label_range": (0.0, 5.0)})
+    assert with_labels(monkeypatch, ranged, [-1.0, 0.5, 2.0]) == [0.5, 2.0]
+    assert "1 of 3 train rows have no label" in caplog.text
+
+
 def test_no_network_still_uses_the_local_cache(loaded, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "hub_answers", lambda: False)
