@@ -11,16 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camtl._io import atomic_write
-from camtl.cli._run_folder import load_trained, note, open_run, prepare_libraries, read_run, run_tasks
-from camtl.cli.predict import file_rows, pick_device, table_rows
+from camtl.cli._run_folder import (
+    check_writable,
+    load_trained,
+    note,
+    open_run,
+    prepare_libraries,
+    read_run,
+    run_tasks,
+)
+from camtl.cli.predict import pick_device, table_rows
 from camtl.errors import UsageError
 
 if TYPE_CHECKING:
     import argparse
 
+    from camtl.data.files import Table
     from camtl.tasks import Task
 
     Row = dict[str, Any]
+    Placed = tuple[str, Row]  # and where it came from
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,6 @@ class Member:
         suffixes: of the split's name, the first for which there are rows.
         rows: name of a set of rows of its own, a diagnostic set, instead of the task's: the folder in
             ``--data_dir`` and the hub's config.
-        columns: its text columns, where they have other names than the task's.
     """
 
     file: str
@@ -42,9 +51,10 @@ class Member:
     words: tuple[Any, ...] | None = None
     suffixes: tuple[str, ...] = ("",)
     rows: str | None = None
-    columns: tuple[str, ...] | None = None
 
 
+#: Other names of a task's text columns: GLUE, SuperGLUE and its diagnostic sets do not agree on RTE's.
+_OTHER_COLUMNS = {"rte": ("premise", "hypothesis")}
 _NUMBERS = (0, 1)
 _ENTAILMENT = ("entailment", "not_entailment")
 _NLI = ("entailment", "neutral", "contradiction")
@@ -71,7 +81,7 @@ SUPERGLUE = (
     Member("WiC.jsonl", "wic", ("false", "true")),
     Member("WSC.jsonl", "wsc", ("False", "True")),
     Member("AX-b.jsonl", "rte", _ENTAILMENT, rows="axb"),
-    Member("AX-g.jsonl", "rte", _ENTAILMENT, rows="axg", columns=("premise", "hypothesis")),
+    Member("AX-g.jsonl", "rte", _ENTAILMENT, rows="axg"),
 )
 
 
@@ -90,9 +100,7 @@ def write_submissions(args: argparse.Namespace) -> int:
         )
         if path
     ]
-    for flag, path, *_ in wanted:
-        if not path.endswith(".zip"):
-            raise UsageError(f"{flag} {path}: the name must end in .zip")
+    _check_targets({flag: path for flag, path, *_ in wanted})
     folder = open_run(args.run)
     tasks = {task.name: task for task in run_tasks(folder)}
     record = read_run(folder)
@@ -109,8 +117,11 @@ def write_submissions(args: argparse.Namespace) -> int:
     archives = []
     for path, content, plan in plans:
         files = {}
-        for member, rows in plan:
-            answers = model.predict(rows, task=member.task, batch_size=args.batch_size)
+        for member, placed in plan:
+            places, rows = [place for place, _ in placed], [row for _, row in placed]
+            answers = model.predict(
+                rows, task=member.task, batch_size=args.batch_size, where=places.__getitem__
+            )
             files[member.file] = content(member, tasks[member.task], rows, answers)
         archives.append((path, files))
     for path, files in archives:  # all answers are there: none of two archives is written alone
@@ -119,16 +130,31 @@ def write_submissions(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_targets(targets: dict[str, str]) -> None:
+    """Refuse archives that could not be written, before anything is read or computed for them."""
+    taken: dict[Path, str] = {}
+    for flag, path in targets.items():
+        target = Path(path)
+        if not path.endswith(".zip"):
+            raise UsageError(f"{flag} {path}: the name must end in .zip")
+        if target.is_dir():
+            raise UsageError(f"{flag} {path}: is a folder; give the name of a file")
+        check_writable(target.parent, flag)
+        other = taken.setdefault(target.resolve(), flag)
+        if other != flag:
+            raise UsageError(f"{flag} {path}: {other} names the same file; give two")
+
+
 def _rows(
     members: Sequence[Member],
     tasks: dict[str, Task],
     args: argparse.Namespace,
     record: dict[str, Any],
     hub: str,
-) -> list[tuple[Member, list[Row]]]:
+) -> list[tuple[Member, list[Placed]]]:
     """The rows of each file that can be made; a note names the others."""
     split = args.split or "test"
-    found: list[tuple[Member, list[Row]]] = []
+    found: list[tuple[Member, list[Placed]]] = []
     absent = []
     for member in members:
         task = tasks.get(member.task)
@@ -151,19 +177,17 @@ def _rows(
 
 def _found(
     member: Member, task: Task, split: str, data_dir: str | None, hub: str
-) -> tuple[list[Row] | None, str]:
+) -> tuple[list[Placed] | None, str]:
     """The rows of a file, from a folder or else from the benchmark's own set on the hub; None: there are
     none. And where they are, or should be.
     """
+    from camtl.data.files import read_table
     from camtl.data.loading import folder_files
 
-    # The rows of a diagnostic set are read as if they were the task's, under their own names.
-    own = task.model_copy(
-        update={"name": member.rows or task.name, "text_columns": member.columns or task.text_columns}
-    )
-    rows: list[Row] | None = None
+    # The rows of a diagnostic set are read as if they were the task's.
+    own = task.model_copy(update={"name": member.rows or task.name})
     if data_dir is None:
-        rows, place = _from_hub(member, own, split + member.suffixes[0], hub)
+        table, place = _from_hub(member, own, split + member.suffixes[0], hub)
     elif not Path(data_dir).is_dir():
         raise UsageError(f"--data_dir {data_dir}: no such folder")
     else:
@@ -171,15 +195,23 @@ def _found(
         names = [split + suffix for suffix in member.suffixes]
         files = folder_files(data_dir, own, names) if folder.is_dir() else {}
         place = str(next((files[name] for name in names if name in files), folder))
-        rows = file_rows(place, own) if files else None
-    if rows is not None and member.columns:
-        renamed = dict(zip(member.columns, task.text_columns, strict=True))
-        rows = [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
-    return rows, place
+        table = read_table(place) if files else None
+    return None if table is None else _read(table, own, _OTHER_COLUMNS.get(member.task)), place
 
 
-def _from_hub(member: Member, task: Task, split: str, hub: str) -> tuple[list[Row] | None, str]:
+def _read(table: Table, task: Task, others: tuple[str, ...] | None) -> list[Placed]:
+    """What the task reads of a table, whose text columns may have the names ``others`` instead."""
+    columns = table.columns
+    if others and set(others) <= set(columns) and not set(task.text_columns) <= set(columns):
+        ours = dict(zip(others, task.text_columns, strict=True))
+        columns = {ours.get(name, name): cells for name, cells in columns.items()}
+    rows = table_rows(columns, table.where, table.path, task)
+    return [(table.where(number), row) for number, row in enumerate(rows)]
+
+
+def _from_hub(member: Member, task: Task, split: str, hub: str) -> tuple[Table | None, str]:
     """The rows of a split on the hub, whose names for it are those of the built-in task."""
+    from camtl.data.files import Table
     from camtl.data.hub import load_from_hub
     from camtl.tasks import get_task
     from camtl.tasks.schema import Source
@@ -200,7 +232,7 @@ def _from_hub(member: Member, task: Task, split: str, hub: str) -> tuple[list[Ro
     if found is None:
         return None, place
     columns = {name: found[name][:] for name in found.column_names}
-    return table_rows(columns, lambda i: f"{place}, row {i + 1}", place, task), place
+    return Table(f"{place} {split}", columns, None), place
 
 
 def _check_classes(task: Task) -> None:
@@ -216,9 +248,9 @@ def _check_classes(task: Task) -> None:
         )
 
 
-def _numbered(rows: list[Row], path: str) -> list[Row]:
+def _numbered(rows: list[Placed], path: str) -> list[Placed]:
     """Rows with an ``idx`` each: their own, as a number or an object, or else their place in the file."""
-    for number, row in enumerate(rows):
+    for number, (where, row) in enumerate(rows):
         index = row.get("idx")
         if index is None:
             index = number
@@ -230,9 +262,9 @@ def _numbered(rows: list[Row], path: str) -> list[Row]:
         elif isinstance(index, float) and index.is_integer():
             index = int(index)
         if isinstance(index, bool) or not isinstance(index, (int, dict)):
-            raise UsageError(f"{path}, row {number + 1}: idx is {row['idx']!r}; accepted: a whole number")
+            raise UsageError(f"{where}: idx is {row['idx']!r}; accepted: a whole number")
         row["idx"] = index
-    keys = [json.dumps(row["idx"], sort_keys=True) for row in rows]
+    keys = [json.dumps(row["idx"], sort_keys=True) for _, row in rows]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise UsageError(f"{path}: idx {twice} stands in several rows; the benchmark counts each once")

@@ -262,13 +262,10 @@ def _names(task: Task) -> str:
     return ", ".join(task.task_type.columns(task))
 
 
-def file_rows(path: str, task: Task) -> list[Row]:
-    """The rows of a file with the columns that the task reads, and ``idx`` and ``id`` where it has them."""
-    return [row for _, row in _placed_rows(path, task)]
-
-
 def _placed_rows(path: str, task: Task) -> list[Placed]:
-    """The same with the line of each row."""
+    """The rows of a file and their lines: the columns that the task reads, ``idx`` and ``id`` where there are
+    such.
+    """
     if path.endswith(".txt"):
         try:
             with open(path, encoding="utf-8-sig") as handle:

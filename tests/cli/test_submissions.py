@@ -217,16 +217,35 @@ def test_what_is_not_there_is_left_out(trained, rows: Path, tmp_path: Path) -> N
         (["--glue_zip", "ZIP.tsv"], "ZIP.tsv: the name must end in .zip"),
         (["--task", "cola", "--split", "test"], "--split belongs to --glue_zip or --superglue_zip"),
         (["--glue_zip", "ZIP", "--split", "twice"], "idx 3 stands in several rows"),
-        (["--glue_zip", "ZIP", "--split", "odd"], "row 1: idx is 'x'; accepted: a whole number"),
+        (["--glue_zip", "ZIP", "--split", "odd"], "odd.jsonl, line 1: idx is 'x'; accepted: a whole number"),
+        (["--glue_zip", "FOLDER.zip"], "FOLDER.zip: is a folder; give the name of a file"),
+        (["--glue_zip", "FILE/a.zip"], "--glue_zip FILE: cannot be written"),
+        (["--glue_zip", "ZIP", "--superglue_zip", "FILE/a.zip"], "--superglue_zip FILE: cannot be written"),
+        (["--glue_zip", "ZIP", "--superglue_zip", "ZIP"], "ZIP: --glue_zip names the same file; give two"),
     ],
 )
-def test_refused(trained, tmp_path: Path, flags: list[str], message: str) -> None:
+def test_refused(
+    trained, tmp_path: Path, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_trained(*_: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("camtl.cli._submissions.load_trained", load_trained)
     data, target = tmp_path / "data", tmp_path / "new.zip"
+    names = {"ZIP": target, "FOLDER": tmp_path / "folder", "FILE": tmp_path / "file"}
+    (tmp_path / "folder.zip").mkdir()
+    (tmp_path / "file").touch()
+
+    def named(text: str) -> str:
+        for name, path in names.items():
+            text = text.replace(name, str(path))
+        return text
+
     write_jsonl(data / "cola" / "twice.jsonl", [{"sentence": text, "idx": 3} for text in TEXTS])
     write_jsonl(data / "cola" / "odd.jsonl", [{"sentence": "the cat", "idx": "x"}])
-    outcome = submit(trained.folder, data, *(flag.replace("ZIP", str(target)) for flag in flags))
+    outcome = submit(trained.folder, data, *map(named, flags))
     assert outcome.code == 2, outcome.err
-    assert message.replace("ZIP", str(target)) in outcome.error_line
+    assert named(message) in outcome.error_line
     assert not list(tmp_path.glob("new*"))
 
 
@@ -251,6 +270,44 @@ def test_two_archives_are_written_together_or_not_at_all(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "b.zip"]
 
 
+def test_rte_under_either_name_of_its_columns(model: Path, rows: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_jsonl(data / "rte" / "test.jsonl", rows_of("mnli"))
+    flags = ("--glue_zip", tmp_path / "a.zip", "--superglue_zip", tmp_path / "b.zip")
+    assert submit(model, data, *flags).code == 0
+    found = read(tmp_path / "a.zip")["RTE.tsv"], read(tmp_path / "b.zip")["RTE.jsonl"]
+    assert submit(model, rows, *flags).code == 0
+    assert found == (read(tmp_path / "a.zip")["RTE.tsv"], read(tmp_path / "b.zip")["RTE.jsonl"])
+    write_jsonl(data / "rte" / "test.jsonl", [{"sentence1": "a cat", "premise": "a cat"}])
+    assert "reads the column 'sentence2'" in submit(model, data, *flags[:2]).error_line
+
+
+def test_a_row_that_cannot_be_encoded_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    wrong = rows_of("copa")
+    wrong[2]["choice1"] = "the cat " * 40
+    file = tmp_path / "data" / "copa" / "test.jsonl"
+    write_jsonl(file, wrong)
+    file.write_text("\n" + file.read_text())  # a blank line counts
+    flags = ("--superglue_zip", tmp_path / "a.zip", "--device", "cpu")
+    outcome = call("predict", model, *flags, "--data_dir", tmp_path / "data")
+    assert outcome.code == 2
+    assert outcome.error_line.startswith(f"camtl: error: {file}, line 4: task 'copa': choice 1 ")
+
+    def load_dataset(hub: str, config: str, **_: Any) -> dict[str, Any]:
+        return {"test": datasets.Dataset.from_list(wrong)} if config == "copa" else {}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    outcome = call("predict", model, *flags)
+    assert outcome.code == 2
+    place = "aps/super_glue (copa) test, row 3"
+    assert outcome.error_line.startswith(f"camtl: error: {place}: task 'copa': choice 1 ")
+    assert not (tmp_path / "a.zip").exists()
+
+
 def test_rows_of_the_hub(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a folder each file's rows come from its benchmark's own set; RTE from that of either."""
     import datasets
@@ -262,6 +319,8 @@ def test_rows_of_the_hub(model: Path, rows: Path, tmp_path: Path, monkeypatch: p
         if config == "ax":
             raise ConnectionError("no such config in the cache")
         task = {"axb": "rte", "axg": "mnli", "stsb": "stsb", "wsc.fixed": "wsc"}.get(config, config)
+        if (hub, config) == ("aps/super_glue", "rte"):
+            task = "mnli"  # premise and hypothesis there
         found = datasets.Dataset.from_list(rows_of(task))
         if config == "mnli":
             return {"test_matched": found, "test_mismatched": found.select(range(2))}
