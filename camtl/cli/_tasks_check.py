@@ -41,7 +41,8 @@ def _check_task(task: Task, data_dir: str | None, max_errors: int) -> tuple[dict
     rows: dict[str, list[Row]] = {}
     tables = task_tables(task, data_dir)
     for split, table in tables.items():
-        good, problems, notes = _rows(task, table, allow_unlabelled=split == "test")
+        usable, problems, notes = _rows(task, table, allow_unlabelled=split == "test")
+        good = list(usable.values())
         _describe(task, f"{split}: {table.path}, {len(table):,} rows", good, problems, max_errors)
         for note in notes:
             print(f"  note: {note}")
@@ -60,25 +61,37 @@ def _check_task(task: Task, data_dir: str | None, max_errors: int) -> tuple[dict
 
 
 def show_columns(task: Task, data_dir: str | None) -> None:
-    """Print, as comments of YAML, the columns of a row; where files are at hand also a row and the labels."""
+    """Print, as comments of YAML, the columns of a row and a row: of the files as it stands there, with the
+    counts of the labels, else one of the type's making.
+    """
     kind = task.task_type
     print(
         f"# {task.name}: reads {', '.join(kind.columns(task))}; "
         f"label {task.label_column} ({kind.answers(task)})"
     )
     generated = task.source is not None and task.source.demo is not None
-    if data_dir is None and not task.files and not generated:
-        return
-    for split, table in task_tables(task, data_dir).items():
+    at_hand = data_dir is not None or task.files or generated
+    tables = task_tables(task, data_dir) if at_hand else {}
+    shown = False
+    for split, table in tables.items():
         good, problems, _ = _rows(task, table, allow_unlabelled=split == "test")
         if problems:
             print(f"# {split}: {len(problems):,} rows cannot be used; see camtl tasks check {task.name}")
         if good:
-            row, label = good[0]
-            print(f"# {split}, a row: {json.dumps({**row, task.label_column: label}, ensure_ascii=False)}")
-        labels = [label for _, label in good if label is not None]
+            names = [name for name in (*kind.columns(task), task.label_column) if name in table.columns]
+            print(f"# {split}, a row: {_as_json({name: table.columns[name][min(good)] for name in names})}")
+            shown = True
+        labels = [label for _, label in good.values() if label is not None]
         if labels:
             print(f"# {split}, labels: {_labels(task, labels)}")
+    if not shown:
+        example = kind.example(task)
+        row = example if isinstance(example, dict) else kind.row(task, example)
+        print(f"# a row without its label: {_as_json(row)}")
+
+
+def _as_json(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str)
 
 
 def _overlaps(texts: dict[str, dict[str, list[set[str]]]]) -> Iterable[str]:
@@ -130,9 +143,9 @@ def task_tables(task: Task, data_dir: str | None) -> dict[str, Table]:
     return {split: read_table(path) for split, path in files.items()}
 
 
-def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[list[Row], list[str], list[str]]:
-    """Sort a table's rows into usable ones (what is read, label or None) and messages about the others; the
-    third are notes on the usable ones.
+def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[dict[int, Row], list[str], list[str]]:
+    """Sort a table's rows into usable ones (what is read, label or None), by their numbers, and messages
+    about the others; the third are notes on the usable ones.
     """
     names = [*task.task_type.columns(task), task.label_column]
     if allow_unlabelled and task.label_column not in table.columns:
@@ -143,7 +156,7 @@ def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[list[Row], 
             f"{table.path}: task {task.name!r} needs the column {missing[0]!r}; the columns there are: "
             f"{', '.join(table.columns)}"
         )
-    good: list[Row] = []
+    good: dict[int, Row] = {}
     problems: list[str] = []
     usable: dict[int, dict[str, Any]] = {}
     for number in range(len(table)):
@@ -154,9 +167,8 @@ def _rows(task: Task, table: Table, allow_unlabelled: bool) -> tuple[list[Row], 
             problems.append(str(error))
         else:
             row = usable[number] = {name: values[0] for name, values in prepared.items()}
-            good.append(
-                ({name: row[name] for name in row if name != task.label_column}, row.get(task.label_column))
-            )
+            read = {name: row[name] for name in row if name != task.label_column}
+            good[number] = read, row.get(task.label_column)
     columns = {name: [row.get(name) for row in usable.values()] for name in names}
     notes = task.task_type.notes(task, columns, lambda i: table.where(list(usable)[i]))
     return good, problems, notes

@@ -104,7 +104,7 @@ def _show(argv: Sequence[str]) -> int:
         "--tasks_file.",
         (
             ("STS-B", "camtl tasks show stsb"),
-            ("with a row and label counts from its files", "camtl tasks show rte --data_dir data"),
+            ("with a row and the label counts of its files", "camtl tasks show rte --data_dir data"),
             ("a start for your own", "camtl tasks show rte > my_task.yaml"),
         ),
         "NAME [--data_dir DIR] [--tasks_file FILE]",

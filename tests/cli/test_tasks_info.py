@@ -30,6 +30,28 @@ def test_show_prints_what_a_tasks_file_holds(run, tmp_path: Path, name: str) -> 
     assert again.out == outcome.out
 
 
+def test_show_ends_with_a_row_as_its_file_has_it(run, tmp_path: Path) -> None:
+    def row_of(name: str, *more: object) -> dict:
+        outcome = run("tasks", "show", name, *more)
+        assert outcome.code == 0, outcome.err
+        (line,) = (line for line in outcome.out.splitlines() if line.startswith("# ") and " row" in line)
+        return json.loads(line.split(": ", 1)[1])
+
+    asked = {"premise": "It rains.", "question": "cause", "choice1": "Clouds.", "choice2": "The sun."}
+    bad = {"premise": "", "question": "cause", "choice1": None, "choice2": "b", "label": 0}
+    write_jsonl(tmp_path / "copa" / "train.jsonl", [bad, {**asked, "label": 1, "idx": 7}])
+    lines = run("tasks", "show", "copa", "--data_dir", tmp_path).out.splitlines()
+    assert lines[-3].startswith("# train: 1 rows cannot be used")
+    assert json.loads(lines[-2].removeprefix("# train, a row: ")) == {**asked, "label": 1}
+    write_jsonl(tmp_path / "cola" / "train.jsonl", [{"sentence": "a cat", "label": "acceptable"}])
+    assert row_of("cola", "--data_dir", tmp_path) == {"sentence": "a cat", "label": "acceptable"}
+    # no data at hand: a row of the type's making, whether its example is texts or a row
+    for name in ("copa", "cola", "wic", "record", "wnut17", "squad"):
+        task = get_task(name)
+        example = task.task_type.example(task)
+        assert row_of(name) == (example if isinstance(example, dict) else task.task_type.row(task, example))
+
+
 def test_a_group_is_shown_whole(run) -> None:
     shown = yaml.safe_load(run("tasks", "show", "glue").out)["tasks"]
     assert [task["name"] for task in shown] == list(GROUPS["glue"])
