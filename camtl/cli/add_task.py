@@ -123,11 +123,6 @@ class Addition:
         from camtl.cli._run_folder import load_trained
 
         model = load_trained(self.run, **request.model_options)
-        if getattr(model, "tokenizer", None) is None:
-            raise UsageError(
-                f"{self.run}: has no tokenizer; the folder needs tokenizer.json or vocab.txt beside "
-                "config.json"
-            )
         if self.freeze == "shared":
             self._before = {
                 name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from camtl.cli._parser import CommandParser, positive, suggestion
 from camtl.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 _DESCRIPTION = """
 Tasks are data: a name, a type, the text columns, the label names, the metrics and where the rows come from.

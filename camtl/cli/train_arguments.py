@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PACKED = ("auto", "true", "false")
+#: The names in camtl.tasks.GROUPS.
+GROUP_NAMES = ("glue", "superglue", "mrqa", "paper24", "paper26", "demo")
 PRESETS = ("ca-mtl", "ca-mtl-base", "ca-mtl-large")
 
 
@@ -79,7 +81,8 @@ class DataArguments:
     """The tasks and where their rows come from."""
 
     tasks: list[str] | None = _option(  # noqa: RUF009 - it is a dataclasses.field
-        "built-in tasks by name, separated by commas, or a group: glue, demo (see camtl tasks list)",
+        f"built-in tasks by name, separated by commas, or groups: {', '.join(GROUP_NAMES)} (see camtl tasks "
+        "list)",
         metavar="a,b,c",
     )
     tasks_file: str | None = _option("YAML file that describes tasks of your own", metavar="FILE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,14 @@ def test_needs_a_run_and_a_folder(base: Path, encoder: Path) -> None:
     assert "missing: RUN" in call("add-task", "--task", "sst2").error_line
     assert "--output_dir is needed" in call("add-task", base, "--task", "sst2").error_line
     assert "not one trained by camtl" in call("add-task", encoder, "--task", "sst2").error_line
+
+
+def test_a_run_without_a_tokenizer(base: Path, more_data: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(base, tmp_path / "run", ignore=shutil.ignore_patterns("*token*", "vocab*"))
+    outcome = add(run, more_data, tmp_path / "new", "--task", "sst2")
+    assert outcome.code == 2, outcome.err
+    assert f"{run}: no tokenizer could be loaded there; give it tokenizer.json" in outcome.error_line
+    assert not (tmp_path / "new").exists()
 
 
 def test_help(run) -> None:

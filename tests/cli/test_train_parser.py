@@ -74,6 +74,14 @@ def test_switches_are_those_of_the_config() -> None:
     assert set(preset.metadata["choices"]) == set(PRESETS)
 
 
+def test_the_help_names_every_group(run) -> None:
+    from camtl.cli.train_arguments import GROUP_NAMES
+    from camtl.tasks import GROUPS
+
+    assert tuple(GROUPS) == GROUP_NAMES
+    assert f"groups: {', '.join(GROUPS)} (see" in " ".join(run("train", "--help").out.split())
+
+
 def test_the_short_help_is_a_part_of_the_long_one(run) -> None:
     short, long = run("train", "--help").out, run("train", "--help-all").out
     assert "--sampler NAME" in short
