@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """
 Teach a trained model one or more new tasks. The encoder and the tasks it has are those of RUN; each new task
-gets a row of the task embedding and a head. By default only these are trained, so that the other tasks answer
-as before. Ends with an evaluation of the new tasks, and a folder with all tasks that `camtl predict`
-and `camtl eval` read. RUN itself is not changed.
+gets a row of the task embedding and a head. By default only these are trained: no parameter of the other
+tasks changes. Ends with an evaluation of the new tasks, and a folder with all tasks that `camtl predict` and
+`camtl eval` read. RUN itself is not changed.
 """
 _EXAMPLES = (
     (
-        "a GLUE task from a folder; the other tasks answer as before",
+        "a GLUE task from a folder; no parameter of the other tasks changes",
         "camtl add-task runs/glue4 --task qnli --data_dir data --output_dir runs/glue5",
     ),
     (
@@ -69,7 +69,7 @@ def build_parser(full: bool) -> CommandParser:
         choices=_FREEZE,
         metavar="|".join(_FREEZE),
         default=argparse.SUPPRESS,
-        help="shared: train only what is the new tasks' own, the others answer as before; none: train "
+        help="shared: train only what is the new tasks' own, no parameter of the others changes; none: train "
         "everything (default: shared)",
     )
     group.add_argument(
