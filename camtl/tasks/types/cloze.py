@@ -102,13 +102,15 @@ class Cloze(TaskType):
         return out
 
     def encode(self, task: Task, rows: Columns, tokenizer: Any, max_length: int) -> dict[str, list[Any]]:
-        """Marks are 1 at the first token of each mention; ``token_begin`` is the candidate's number."""
+        """Marks are 1 at the first token of each mention; ``token_begin`` is the candidate's number,
+        ``token_end`` the mention's among the row's.
+        """
         query, passage = task.text_columns
         gap = tokenizer.mask_token or task.option("placeholder")
         asked = [text.replace(task.option("placeholder"), gap) for text in rows[query]]
         found = windows(task, asked, rows[passage], tokenizer, max_length, int(task.option("stride")))
         answers = rows.get(task.label_column)
-        names = ("input_ids", "token_type_ids", "row", "token_marks", "token_begin")
+        names = ("input_ids", "token_type_ids", "row", "token_marks", "token_begin", "token_end")
         out: dict[str, list[Any]] = {name: [] for name in names}
         if answers is not None:
             out["token_labels"] = []
@@ -116,15 +118,16 @@ class Cloze(TaskType):
             mentions = rows[task.option("entities")][row]
             candidates = _candidates(mentions)
             right = _right(answers[row] or [], candidates) if answers is not None else set()
-            begins = [
-                _numbers(window, mentions, candidates, first=number == 0) for number, window in enumerate(own)
-            ]
+            named = [candidates.index(mention["text"]) for mention in mentions]
+            ends = [_numbers(window, mentions, first=number == 0) for number, window in enumerate(own)]
+            begins = [[named[i] if i >= 0 else -1 for i in numbers] for numbers in ends]
             kept = [i for i, numbers in enumerate(begins) if max(numbers) >= 0] or [0]
             for i in kept:
                 out["input_ids"].append(own[i].input_ids)
                 out["token_type_ids"].append(own[i].token_type_ids)
                 out["row"].append(row)
                 out["token_begin"].append(begins[i])
+                out["token_end"].append(ends[i])
                 out["token_marks"].append([int(number >= 0) for number in begins[i]])
                 if answers is not None:
                     out["token_labels"].append([int(number in right) for number in begins[i]])
@@ -156,23 +159,26 @@ class Cloze(TaskType):
 
     def decode(self, outputs: Outputs, task: Task) -> list[dict[str, Any]]:
         """``{"answer", "score", "probabilities": {entity: p}}`` per row: the candidate with the largest sum
-        over its mentions, in all windows of the row.
+        over its mentions; of a mention that several windows hold, its highest score counts.
         """
         import numpy as np
 
         assert outputs.token_logits is not None
         candidates = [_candidates(mentions) for mentions in outputs.need_rows(task)[task.option("entities")]]
-        found: list[list[tuple[int, float]]] = [[] for _ in candidates]
-        for row, begins, logits in zip(
-            outputs.sequences["row"], outputs.sequences["token_begin"], outputs.token_logits, strict=True
-        ):
-            found[row].extend((number, float(logits[i, 0])) for i, number in enumerate(begins) if number >= 0)
+        found: list[dict[int, tuple[int, float]]] = [{} for _ in candidates]  # by number of the mention
+        columns = [outputs.sequences[name] for name in ("row", "token_begin", "token_end")]
+        for row, begins, ends, logits in zip(*columns, outputs.token_logits, strict=True):
+            for i, (number, mention) in enumerate(zip(begins, ends, strict=True)):
+                if number >= 0:
+                    score = float(logits[i, 0])
+                    before = found[row].get(mention, (number, score))[1]
+                    found[row][mention] = (number, max(score, before))
         decoded = []
         for names, mentions in zip(candidates, found, strict=True):
             sums = np.zeros(len(names))
             if mentions:
-                values = np.array([score for _, score in mentions])
-                np.add.at(sums, [number for number, _ in mentions], np.exp(values - values.max()))
+                numbers, values = map(np.array, zip(*mentions.values(), strict=True))
+                np.add.at(sums, numbers, np.exp(values - values.max()))
                 sums /= sums.sum()
             best = int(sums.argmax())
             decoded.append(
@@ -274,23 +280,21 @@ def _occurrences(names: set[str], passage: str) -> list[tuple[int, int]]:
     return taken + [match.span() for name in missing for match in re.finditer(re.escape(name), passage)]
 
 
-def _numbers(
-    window: Pair, mentions: Sequence[dict[str, Any]], candidates: Sequence[str], *, first: bool
-) -> list[int]:
-    """The candidate that begins at each token of a window, -1 elsewhere. A token at which several begin is
-    the longest one's; the others take their next token.
+def _numbers(window: Pair, mentions: Sequence[dict[str, Any]], *, first: bool) -> list[int]:
+    """The mention that begins at each token of a window, by its number, -1 elsewhere. A token at which
+    several begin is the longest one's; the others take their next token.
     """
     numbers = [-1] * len(window.input_ids)
     places = window.places()
     ends = [window.offsets[place][1] for place in places]
-    for mention in mentions:
+    for number, mention in enumerate(mentions):
         i = bisect_right(ends, mention["start"])
         # The window before holds the beginning of a mention that this one holds the rest of.
         if i == 0 and not first and places and window.offsets[places[0]][0] > mention["start"]:
             continue
         while i < len(places) and window.offsets[places[i]][0] <= mention["end"]:
             if numbers[places[i]] < 0:
-                numbers[places[i]] = candidates.index(mention["text"])
+                numbers[places[i]] = number
                 break
             i += 1
     return numbers

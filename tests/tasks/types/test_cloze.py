@@ -156,7 +156,11 @@ def test_the_rest_of_a_mention_is_no_mention(tokenizer, tokens, prepared):
 def test_decoding_sums_over_mentions_and_windows(tokenizer, prepared):
     own = task()
     rows = prepared(own, [row(("Rex", "Ann Bell"))])
-    sequences = {"row": [0, 0], "token_begin": [[-1, 0, 1, -1], [2, 1]]}
+    sequences = {
+        "row": [0, 0],
+        "token_begin": [[-1, 0, 1, -1], [2, 1]],
+        "token_end": [[-1, 0, 1, -1], [2, 4]],
+    }
     logits = [
         np.array([[9.0], [np.log(3.0)], [np.log(2.0)], [9.0]]),
         np.array([[np.log(1.0)], [np.log(2.0)]]),
@@ -179,6 +183,33 @@ def test_decoding_sums_over_mentions_and_windows(tokenizer, prepared):
     assert own.task_type.decode(outputs, own)[0]["answer"] == "Bell"
     # Bell / Ann Bell: precision 1, recall 1/2
     assert own.task_type.compute_metrics(outputs, own) == pytest.approx({"f1": 2 / 3, "exact_match": 0.0})
+
+
+def test_a_mention_in_two_windows_counts_once_with_its_better_score(prepared):
+    own = task()
+    rows = prepared(own, [row(("Ann",), ("Ann", "Bo"), "Ann sat and Bo sat")])
+    sequences = {"row": [0, 0], "token_begin": [[-1, 0, 1], [1]], "token_end": [[-1, 0, 1], [1]]}
+
+    def probabilities(logits):
+        outputs = Outputs(sequences=sequences, token_logits=logits, rows=rows)
+        (answer,) = own.task_type.decode(outputs, own)
+        return answer["probabilities"]
+
+    for one, other in ((2.0, 1.0), (1.0, 2.0)):
+        logits = [np.log([[9.0], [3.0], [one]]), np.log([[other]])]
+        assert probabilities(logits) == pytest.approx({"Ann": 3 / 5, "Bo": 2 / 5})
+
+
+def test_windows_that_overlap_share_the_numbers_of_mentions(tokenizer, tokens, prepared):
+    own = task(stride=4)
+    passage = "the cat did not sat and Rex slept on a mat where Rex sat"
+    out = own.task_type.encode(own, prepared(own, [row(("Rex",), ("Rex",), passage)]), tokenizer, 14)
+    ends = [[number for number in numbers if number >= 0] for numbers in out["token_end"]]
+    assert len(ends) > 2
+    assert {number for numbers in ends for number in numbers} == {0, 1}
+    assert sum(numbers.count(0) for numbers in ends) == 2
+    marked = [[bool(mark) for mark in marks] for marks in out["token_marks"]]
+    assert [[number >= 0 for number in numbers] for numbers in out["token_end"]] == marked
 
 
 def test_what_is_always_right_scores_one(tokenizer, prepared, gold):
