@@ -47,7 +47,7 @@ def test_booleans():
     assert prepare(classes("no", "yes"), [True, False]) == [1, 0]
 
 
-@pytest.mark.parametrize("label", [3, -2, "contradicts", [1], 10**30, "nan?"])
+@pytest.mark.parametrize("label", [3, -2, "contradicts", [1], 10**30, 10**400, "nan?"])
 def test_a_label_outside_the_names(label):
     with pytest.raises(UsageError) as caught:
         prepare(get_task("mnli"), [0, label])
@@ -91,6 +91,7 @@ def test_regression_labels():
         ("high", "not a number"),
         (5.5, "label_range 0 to 5"),
         ("inf", "finite"),
+        (10**400, "not a number"),
         ([1], "not a number"),
     ):
         with pytest.raises(UsageError, match=rf"line 2.*{words}"):

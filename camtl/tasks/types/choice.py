@@ -61,9 +61,15 @@ class Choice(TaskType):
             raise ValueError(
                 f"options: values must be of the form {{column: {{value: text}}}}, given {values!r}"
             )
-        for column in values:
+        for column, meant in values.items():
             if column not in task.text_columns:
                 raise ValueError(f"options: values is about {column!r}, which is no text column")
+            wrong = [part for pair in meant.items() for part in pair if not isinstance(part, str)]
+            if wrong:
+                raise ValueError(
+                    f"options: values of {column} must replace text by text, given {wrong[0]!r} (in YAML, "
+                    "numbers, yes and no need quotes)"
+                )
 
     def columns(self, task: Task) -> list[str]:
         """Texts and choices."""
@@ -81,7 +87,7 @@ class Choice(TaskType):
             return None
         try:
             number = int(float(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # the last: infinity
             number = -2
         if number == -1:
             return None

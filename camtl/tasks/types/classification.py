@@ -151,7 +151,7 @@ def _as_int(value: str | int | float) -> int | None:
     """``value`` as a whole number if it is one ("2", 2, 2.0, "2.0"), else None."""
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return int(number) if number.is_integer() else None
 

@@ -36,6 +36,10 @@ class Grouped(Classification):
         if task.labels and len(task.labels) != 2:
             raise ValueError(f"labels: a grouped task has two classes, given {len(task.labels)}")
         super().check(task)
+        if len(set(task.text_columns)) != len(task.text_columns):
+            raise ValueError(
+                f"text_columns: each must be another column; given: {', '.join(task.text_columns)}"
+            )
         group = task.option("group")
         if not isinstance(group, (list, tuple)) or not all(isinstance(n, str) and n for n in group):
             raise ValueError(f"options: group must list columns, given {group!r}")

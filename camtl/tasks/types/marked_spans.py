@@ -48,6 +48,19 @@ class MarkedSpans(Classification):
                 )
             if span["text"] not in task.text_columns:
                 raise ValueError(f"options: spans is about {span['text']!r}, which is no text column")
+            names = [name for field, name in span.items() if field != "text"]
+            if not all(isinstance(name, str) and name for name in names) or names[0] == names[1]:
+                raise ValueError(
+                    f"options: each of spans needs two columns that say where it is, given {dict(span)!r}"
+                )
+        if dict(spans[0]) == dict(spans[1]):
+            raise ValueError(f"options: spans must be two places, given twice {dict(spans[0])!r}")
+        numbers, phrases = (
+            {span[field] for span in spans for field in fields if field in span}
+            for fields in (("start", "end", "index"), ("span",))
+        )
+        for name in sorted(numbers & phrases):
+            raise ValueError(f"options: spans has {name!r} both as a number's column and as a phrase's")
 
     def columns(self, task: Task) -> list[str]:
         """Texts, and what says where the places are."""
@@ -144,10 +157,10 @@ def _place_columns(task: Task) -> dict[str, str]:
 
 def _whole(value: Any, column: str, where: Where, i: int) -> int:
     try:
-        number = -1 if is_missing(value) or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = -1
-    if number < 0 or number != int(number):
+        number = -1.0 if is_missing(value) or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = -1.0
+    if number < 0 or not number.is_integer():
         raise UsageError(f"{where(i)}: the column {column!r} is {value!r}; it must hold a number from 0")
     return int(number)
 

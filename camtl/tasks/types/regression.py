@@ -35,7 +35,7 @@ class Regression(TaskType):
             return None
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"label {value!r} is not a number; a regression task needs numbers (class names need type: "
                 "classification)"

@@ -237,18 +237,19 @@ def _iob2(task: Task) -> bool:
     return "O" in names and all(name == "O" or name[:2] in ("B-", "I-") for name in names)
 
 
-def _list(value: Any) -> list[Any] | None:
-    """A list as given, or written as JSON, as CSV files have it; None if there is nothing."""
+def _list(value: Any, *, is_text: bool = False) -> list[Any] | None:
+    """A list as given, or written as JSON, as CSV files have it; None if there is nothing. ``is_text``: what
+    begins like JSON but is none, such as "[ Music ] starts", is a text too.
+    """
     if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, str):
         text = value.strip()
-        if text.startswith("["):
-            try:
-                value = json.loads(text)
-            except json.JSONDecodeError:
+        try:
+            value = json.loads(text) if text.startswith("[") else text.split()
+        except json.JSONDecodeError:
+            if not is_text:
                 raise ValueError(f"{value!r} is neither a list nor JSON") from None
-        else:
             value = text.split()
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -259,7 +260,7 @@ def _list(value: Any) -> list[Any] | None:
 
 def _words(value: Any, column: str, where: Where, i: int) -> list[str]:
     try:
-        words = _list(value)
+        words = _list(value, is_text=True)
     except ValueError as error:
         raise UsageError(f"{where(i)}: the column {column!r}: {error}") from None
     if not words:

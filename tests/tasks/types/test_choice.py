@@ -54,6 +54,22 @@ def test_only_what_is_asked_is_cut_and_other_rows_do_not_matter(tokenizer, token
         LISTED.task_type.encode(LISTED, rows, tokenizer, 9)
 
 
+def test_choices_that_leave_no_room_lose_the_end_of_the_last(tokenizer, tokens, prepared):
+    row = {"asked": "who", "answers": ["a cat sat on", "the big dog slept"], "label": 1}
+    rows = prepared(LISTED, [row])
+    out = LISTED.task_type.encode(LISTED, rows, tokenizer, 11)
+    assert " ".join(tokens(out["input_ids"][0])) == "[CLS] who [SEP] a cat sat on [SEP] the big [SEP]"
+    with pytest.raises(UsageError, match=r"choice 1 .* does not fit into max_seq_length 9; raise it"):
+        LISTED.task_type.encode(LISTED, rows, tokenizer, 9)
+
+
+@pytest.mark.parametrize("label", ["inf", "-inf", "nan", float("inf"), 10**400])
+def test_labels_that_are_no_number_of_a_choice(label, prepared):
+    with pytest.raises(UsageError, match=r"rows.jsonl, line 1: .* is no number of a choice") as caught:
+        prepared(LISTED, [{"asked": "who", "answers": ["a", "b"], "label": label}])
+    assert "\n" not in str(caught.value)
+
+
 def test_any_number_of_choices(tokenizer, tokens, prepared):
     rows = prepared(
         LISTED,
@@ -148,6 +164,11 @@ def test_head_and_rows_of_texts():
         ({"labels": ["a", "b"]}, "a choice task has no class names"),
         ({"options": {"choices": ["a", "b"], "values": {"x": {}}}}, "'x', which is no text column"),
         ({"options": {"choices": ["a", "b"], "values": {"q": "x"}}}, "values must be of the form"),
+        (
+            {"options": {"choices": ["a", "b"], "values": {"q": {"x": 3}}}},
+            "values of q .* text by text, given 3",
+        ),
+        ({"options": {"choices": ["a", "b"], "values": {"q": {True: "x"}}}}, "values of q .*, given True"),
         ({"options": {"choices": ["q", "b"]}}, "another column"),
     ],
 )

@@ -139,6 +139,7 @@ def test_head_and_row():
         ({"text_columns": ["a"]}, "two or three columns are needed, 1 given"),
         ({"options": {"group": "paragraph"}}, "group must list columns"),
         ({"options": {"group": ["label"]}}, "must not hold the label column"),
+        ({"text_columns": ["a", "a"]}, "text_columns: each must be another column; given: a, a$"),
     ],
 )
 def test_bad_tasks(changes, words):

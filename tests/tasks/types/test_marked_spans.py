@@ -11,6 +11,7 @@ from camtl.tasks.types import Outputs
 
 WIC = get_task("wic")
 WSC = get_task("wsc")
+WORD = {"text": "a", "index": "i", "span": "w"}
 
 
 def wic(one="the big mat", two="mat and rug", word="mat", label=1, **changes):
@@ -97,6 +98,8 @@ def test_a_phrase_is_at_its_word_or_where_it_is_nearest(text, phrase, index, beg
         (WIC, wic(start1=None), ["'start1' is None"]),
         (WIC, wic(start1=-1), ["'start1' is -1"]),
         (WIC, wic(start1=1.5), ["'start1' is 1.5"]),
+        (WIC, wic(start1="inf"), ["'start1' is 'inf'"]),
+        (WIC, wic(start1="nan"), ["'start1' is 'nan'"]),
         (WSC, wsc(first=("the dog", 0)), ["span1_text 'the dog' is not in text", "['the']"]),
         (WSC, wsc(first=("", 0)), ["span1_text '' is not in text"]),
         (WSC, wsc(first=(None, 0)), ["'span1_text' is missing"]),
@@ -201,6 +204,13 @@ def test_head_columns_row_and_baseline(prepared):
         ([{"text": "a", "start": "s", "end": "e"}], "must say where the two"),
         ([{"text": "a", "start": "s"}] * 2, "{text, start, end} or {text, index, span}; given"),
         ([{"text": "b", "start": "s", "end": "e"}] * 2, "'b', which is no text column"),
+        ([{"text": "a", "start": "s", "end": "e"}] * 2, "spans must be two places, given twice {'text': 'a'"),
+        ([WORD, {"text": "a", "start": 3, "end": "e"}], "needs two columns that say where it is, given"),
+        ([WORD, {"text": "a", "start": "s", "end": ""}], "needs two columns that say where it is, given"),
+        ([WORD, {"text": "a", "start": "s", "end": ["e"]}], "needs two columns that say where it is, given"),
+        ([WORD, {"text": "a", "start": "s", "end": "s"}], "needs two columns that say where it is, given"),
+        ([WORD, {"text": "a", "start": "w", "end": "e"}], "'w' both as a number's column and as a phrase's"),
+        ([WORD, {"text": "a", "start": "a", "end": "e"}], "each must be another column"),
     ],
 )
 def test_bad_options(spans, words):
@@ -209,3 +219,4 @@ def test_bad_options(spans, words):
             name="t", type="marked_spans", text_columns=["a"], labels=["no", "yes"], options={"spans": spans}
         )
     assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

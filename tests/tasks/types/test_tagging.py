@@ -50,6 +50,13 @@ def test_forms_of_words_and_tags(prepared):
         assert prepared(NER, [row(words, tags)]) == expected
 
 
+@pytest.mark.parametrize("text", ["[ Music ] starts", "[the cat", "[1] [2]"])
+def test_a_text_that_begins_like_json_is_split_at_blanks(prepared, text):
+    words = text.split()
+    tags = ["O"] * len(words)
+    assert prepared(NER, [row(text, tags)]) == {"tokens": [words], "tags": [[0] * len(words)]}
+
+
 def test_tags_that_are_called_by_numbers(prepared):
     task = Task(**FIELDS, labels=["1", "2", "5"])
     columns = {"tokens": [["a", "b"]], "tags": [["5", 1]]}
