@@ -53,7 +53,14 @@ class EvaluationPart:
 
     @property
     def is_labelled(self) -> bool:
-        """Whether every row has a label."""
+        """Whether every row has a label. (Where tokens are classified or chosen, only the rows can tell: a
+        sequence without a target may be a window that does not hold the answer.)
+        """
+        column = self.task.label_column
+        if self.rows is not None and column in self.rows.column_names:
+            tables = self.rows.with_format("arrow").iter(1000)
+            if any(table.column(column).null_count for table in tables):
+                return False
         return is_labelled(self.dataset)
 
 
@@ -94,7 +101,20 @@ def evaluation_parts(
                 )
             rows = None if is_tokenised(dataset) else prepare_dataset(task, dataset, allow_unlabelled)
             parts.append(EvaluationPart(result_name(name, split), task, split, tokenised, rows))
+    if not allow_unlabelled:
+        check_judged(parts, what)
     return parts
+
+
+def check_judged(parts: Sequence[EvaluationPart], what: str) -> None:
+    """Raise :class:`UsageError` if a part has labels, but not the rows by which its type is judged."""
+    for part in parts:
+        if part.task.task_type.judged_by_rows and part.rows is None and part.is_labelled:
+            raise UsageError(
+                f"{what}: rows of task {part.task.name!r} ({part.split}) are tokenised, and a "
+                f"{part.task.type} task is judged by its rows; pass them as they were before "
+                f"(columns {', '.join((*part.task.task_type.columns(part.task), part.task.label_column))})"
+            )
 
 
 def check_best_metric(args: CaMtlTrainingArguments, parts: Sequence[EvaluationPart]) -> None:

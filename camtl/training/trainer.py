@@ -361,6 +361,7 @@ class CaMtlTrainer(CheckpointingTrainer):
             behind it if it is not the first (``mnli_mismatched``).
         """
         parts = self._parts(test_dataset, "test_dataset", unlabelled=True)
+        evaluation.check_judged(parts, "test_dataset")
         begun = time.time()
         predictions = evaluation.predict_parts(self, parts)
         info = self.model.config.task_info

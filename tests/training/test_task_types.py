@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from camtl.data import tokenize
 from camtl.errors import UsageError
 from camtl.tasks import Task
 from camtl.training import CaMtlTrainer, CaMtlTrainingArguments
@@ -222,13 +223,44 @@ def test_a_long_context_is_read_in_windows(trained):
     assert sorted(set(rows)) == [0, 1, 2, 3, 4]
 
 
-def test_span_rows_that_are_only_tokenised_cannot_be_judged(trained, tokenizer, tmp_path):
-    from camtl.data import tokenize
+@pytest.mark.parametrize("task", TYPES, ids=lambda task: task.name)
+def test_what_is_judged_by_rows_is_refused_tokenised(trained, tokenizer, tmp_path, task):
+    """As soon as a trainer gets it, not after the training; every other type is judged as well without."""
+    rows = rows_of(task, 6)
+    tokenised = {task.name: tokenize(task, rows, tokenizer, 24, cache_dir=tmp_path)}
+    if not task.task_type.judged_by_rows:
+        (a, b) = trained.evaluate(tokenised), trained.evaluate({task.name: rows})
+        assert all(a[key] == b[key] for key in b if key.startswith(f"eval_{task.name}_"))
+        return
+    columns = ", ".join([*task.task_type.columns(task), task.label_column])
+    said = rf"rows of task '{task.name}' .* are tokenised.* judged by its rows; .*columns {columns}\)$"
+    with pytest.raises(UsageError, match=f"^eval_dataset: {said}"):
+        CaMtlTrainer(trained.model, trained.args, eval_dataset=tokenised, processing_class=tokenizer)
+    with pytest.raises(UsageError, match=f"^test_dataset: {said}"):
+        trained.predict(tokenised)
+    # Without labels there is nothing to judge.
+    bare = tokenize(
+        task, rows.remove_columns(task.label_column), tokenizer, 24, tmp_path, allow_unlabelled=True
+    )
+    (logits,) = trained.predict({task.name: bare}).predictions.values()
+    assert len(logits) == len(bare)
 
-    task = TYPES[3]
-    tokenised = tokenize(task, rows_of(task, 3), tokenizer, 24, cache_dir=tmp_path)
-    with pytest.raises(UsageError, match=r"'answers'.*judged by its rows"):
-        trained.evaluate({"answers": tokenised})
+
+@pytest.mark.parametrize("task", TYPES, ids=lambda task: task.name)
+@pytest.mark.parametrize("unlabelled", [1, 4])
+def test_rows_of_which_some_have_no_label_are_predicted_but_not_judged(trained, task, unlabelled):
+    rows = rows_of(task, 4).to_list()
+    for row in rows[:unlabelled]:
+        row[task.label_column] = None
+    if unlabelled == len(rows):
+        rows = [{name: value for name, value in row.items() if name != task.label_column} for row in rows]
+    result = trained.predict({task.name: Dataset.from_list(rows)})
+    assert len(result.predictions[task.name]) >= 4
+    assert result.label_ids == {}
+    assert not [key for key in result.metrics if key.startswith(f"test_{task.name}")]
+    labelled = trained.predict({task.name: rows_of(task, 4)})
+    assert set(labelled.label_ids) == {task.name}
+    assert f"test_{task.name}_loss" in labelled.metrics
 
 
 def test_logits_of_places_are_not_decoded_alone(trained):

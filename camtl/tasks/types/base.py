@@ -98,6 +98,8 @@ class TaskType(ABC):
     #: Whether a model reads any text or pair for such a task, whatever its columns, so that ``predict`` need
     #: not prepare and encode rows.
     plain: ClassVar[bool] = False
+    #: Whether :meth:`compute_metrics` reads ``Outputs.rows``, which tokenised data sets do not have.
+    judged_by_rows: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, task: Task) -> None:

@@ -41,6 +41,7 @@ class Choice(TaskType):
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     texts = (1, None)
+    judged_by_rows = True
     hub_task = "multiple-choice"
     holds = "`choice` (its number), `text`, `score` and `probabilities` in order"
     options: ClassVar[dict[str, Any]] = {"choices": (), "values": {}}

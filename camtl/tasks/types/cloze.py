@@ -37,6 +37,7 @@ class Cloze(TaskType):
     metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
     default_metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
     texts = (2, 2)
+    judged_by_rows = True
     hub_task = "question-answering"
     holds = "`answer`, `score` and `probabilities` by entity"
     options: ClassVar[dict[str, Any]] = {

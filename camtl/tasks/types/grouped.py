@@ -30,6 +30,7 @@ class Grouped(Classification):
     texts = (2, 3)
     options: ClassVar[dict[str, Any]] = {"group": ()}
     plain = False
+    judged_by_rows = True
 
     def check(self, task: Task) -> None:
         """Two class names; columns of groups."""

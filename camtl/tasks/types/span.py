@@ -39,6 +39,7 @@ class Span(TaskType):
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "f1")
     default_metrics: ClassVar[tuple[str, ...]] = ("exact_match", "f1")
     texts = (2, 2)
+    judged_by_rows = True
     hub_task = "question-answering"
     holds = "`answer`, `score`, `begin` and `end` in characters of the context, and `n_best`"
     options: ClassVar[dict[str, Any]] = {

@@ -33,6 +33,7 @@ class Tagging(TaskType):
     metrics: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall", "accuracy")
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     texts = (1, 1)
+    judged_by_rows = True
     hub_task = "token-classification"
     holds = "`tags` and `scores`, one a word, and `entities` where the tags are in IOB2 form"
 
