@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ _EXAMPLES = (
 )
 _INPUTS = ".jsonl, .json, .csv, .tsv, .parquet (these also with .gz) or .txt"
 _KEPT = ("idx", "id")
+#: How Python holds bytes that it cannot decode.
+_UNDECODED = re.compile("[\udc80-\udcff]")
 #: Batches that are sorted by length together: enough for little padding, few enough to hold.
 _SORTED = 32
 
@@ -116,6 +119,8 @@ def _predict(args: argparse.Namespace) -> int:
     if args.output_file and not args.output_file.endswith((".jsonl", ".csv")):
         raise UsageError(f"--output_file {args.output_file}: the name must end in .jsonl or .csv")
     interactive = not args.text and not args.input_file and sys.stdin.isatty()
+    if not args.text and not args.input_file and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that the line can be named
     # Read what can be read before the model is loaded: a wrong file should be told at once.
     rows: Iterable[Placed | None] = ()
     most = args.batch_size * _SORTED
@@ -225,7 +230,10 @@ def _row(task: Task, texts: Sequence[str], where: str) -> Row:
 
 
 def _line_rows(lines: Iterable[str | None], task: Task, name: str) -> Iterator[Placed | None]:
-    """A row a line and its place, None for None; blank lines are counted and told at the end."""
+    """A row a line and its place, None for None; blank lines are counted and told at the end.
+
+    What is not UTF-8 in ``lines`` must have been read with ``errors="surrogateescape"``.
+    """
     blank = number = 0
     for raw in lines:
         if raw is None:
@@ -233,11 +241,18 @@ def _line_rows(lines: Iterable[str | None], task: Task, name: str) -> Iterator[P
             continue
         number += 1
         line = raw.rstrip("\r\n")
+        if number == 1:
+            line = line.removeprefix("\ufeff")
         if not line.strip():
             blank += 1
             continue
         where = f"{name}, line {number}"
-        if line.startswith("{"):
+        undecoded = _UNDECODED.search(line)
+        if undecoded:
+            raise UsageError(
+                f"{where}: not UTF-8 text (byte {ord(undecoded[0]) - 0xDC00:#04x}); convert it to UTF-8"
+            )
+        if line.lstrip().startswith("{"):
             yield where, _json_row(task, line, where)
         else:
             one = len(task.task_type.columns(task)) == 1
@@ -249,7 +264,7 @@ def _line_rows(lines: Iterable[str | None], task: Task, name: str) -> Iterator[P
 def _json_row(task: Task, line: str, where: str) -> Row:
     """A line of JSON Lines with the task's columns; other columns are kept, as they are."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.strip())
     except json.JSONDecodeError as error:
         raise UsageError(f"{where}: not JSON ({error.msg})") from None
     missing = [column for column in task.task_type.columns(task) if column not in row]
@@ -268,10 +283,8 @@ def _placed_rows(path: str, task: Task) -> list[Placed]:
     """
     if path.endswith(".txt"):
         try:
-            with open(path, encoding="utf-8-sig") as handle:
+            with open(path, encoding="utf-8", errors="surrogateescape") as handle:
                 return [row for row in _line_rows(handle, task, path) if row is not None]
-        except UnicodeDecodeError:
-            raise UsageError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
         except OSError as error:
             raise UsageError(f"--input_file {path}: {error.strerror}") from None
     from camtl.data.files import read_table
@@ -333,8 +346,9 @@ def _print_table(rows: list[Row]) -> None:
 
     if not rows:
         return
-    header = [name for name in rows[0] if name not in ("probabilities", "n_best", "scores")]
-    body = [[_cell(row[name]) for name in header] for row in rows]
+    names = dict.fromkeys(name for row in rows for name in row)  # rows may bring columns of their own
+    header = [name for name in names if name not in ("probabilities", "n_best", "scores")]
+    body = [[_cell(row[name]) if name in row else "" for name in header] for row in rows]
     print_table(header, body, right=[header.index("score")] if "score" in header else [])
 
 

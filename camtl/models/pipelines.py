@@ -25,10 +25,12 @@ class TaskPipeline:
     """
 
     def __init__(self, model: Any, task: str, batch_size: int = 32) -> None:
+        from camtl.tasks.view import TaskView
+
         self.model = model
         self.task = task
         self.batch_size = batch_size
-        self._info = model.config.task_info[model.config.task_index(task)]
+        self._view = TaskView.from_config(model.config.task_info[model.config.task_index(task)])
 
     @property
     def device(self) -> torch.device:
@@ -86,21 +88,23 @@ class TaskPipeline:
             yield from self._predict(chunk, batch_size)
 
     def _entry(self, row: Any) -> Any:
-        """A row as ``predict`` takes it: dicts of one or two texts become those."""
+        """A row as ``predict`` takes it: ``text`` and ``text_pair`` become texts, where the task has no such
+        columns of its own.
+        """
         if not isinstance(row, Mapping):
             return row
-        if "text" in row and set(row) <= {"text", "text_pair"}:
+        task_type: Any = self._view.task_type
+        plain, columns = task_type.plain, task_type.columns(self._view)
+        is_own = not plain and all(name in row for name in columns)
+        if "text" in row and set(row) <= {"text", "text_pair"} and not is_own:
             pair = row.get("text_pair")
             return row["text"] if pair is None else (row["text"], pair)
-        columns = tuple(self._info.get("text_columns") or ())
-        if 1 <= len(columns) <= 2 and self._info.get("reads", "pooled") == "pooled":
-            missing = [name for name in columns if name not in row]
-            if missing:
-                raise UsageError(
-                    f"inputs: {dict(row)!r} has no {missing[0]!r}; task {self.task!r} reads "
-                    f"{' and '.join(columns)} (or text and text_pair)"
-                )
-            return row[columns[0]] if len(columns) == 1 else tuple(row[name] for name in columns)
+        missing = [name for name in columns if name not in row]
+        if plain and missing:
+            raise UsageError(
+                f"inputs: {dict(row)!r} has no {missing[0]!r}; task {self.task!r} reads "
+                f"{' and '.join(columns)} (or text and text_pair)"
+            )
         return dict(row)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
@@ -16,7 +17,7 @@ import pytest
 
 from camtl.cli._stdin import arriving, comes_slowly
 
-from .conftest import TYPED_ROWS, Run, call, write_jsonl
+from .conftest import TYPED_ROWS, Outcome, Run, call, write_jsonl
 
 # An answer of the tiny model takes milliseconds, its loading about a second.
 PATIENCE = 60
@@ -215,3 +216,82 @@ def test_blank_lines_are_counted(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n" + "\n" * blank))
     assert f"camtl: stdin: {said}" in call(*flags(trained, "cola")).err
+
+
+# -- bytes --
+@pytest.fixture(params=["pipe", "redirected", "input_file"])
+def label_bytes(
+    request: pytest.FixtureRequest,
+    trained: Run,
+    tmp_path: Path,
+    pipe: Pipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[bytes], Outcome]:
+    """What ``camtl predict`` says of bytes, each way they can come."""
+    path = tmp_path / "in.txt"
+    command = flags(trained, "cola", "--batch_size", 2)
+
+    def label(data: bytes) -> Outcome:
+        path.write_bytes(data)
+        if request.param == "input_file":
+            return call(*command, "--input_file", path)
+        if request.param == "pipe":
+            pipe.put(data)
+            pipe.close()
+            monkeypatch.setattr("sys.stdin", pipe.reading)
+            return call(*command)
+        with open(path, encoding="utf-8") as stdin:
+            monkeypatch.setattr("sys.stdin", stdin)
+            return call(*command)
+
+    return label
+
+
+@pytest.mark.parametrize("line", [2, 3])
+def test_what_is_not_utf8_is_named_by_its_line(label_bytes: Callable[[bytes], Outcome], line: int) -> None:
+    lines = [b"the cat"] * 4
+    lines[line - 1] = "the caf\u00e9".encode("latin-1")
+    outcome = label_bytes(b"\n".join(lines) + b"\n")
+    assert outcome.code == 2
+    assert re.fullmatch(
+        rf"camtl: error: (stdin|.*in\.txt), line {line}: not UTF-8 text \(byte 0xe9\); convert it to UTF-8",
+        outcome.error_line,
+    )
+
+
+def test_a_byte_order_mark_is_no_text(label_bytes: Callable[[bytes], Outcome]) -> None:
+    outcome = label_bytes(b'\xef\xbb\xbf{"sentence": "the cat"}\nthe caf\xc3\xa9\n')
+    assert outcome.code == 0, outcome.err
+    assert [json.loads(line)["sentence"] for line in outcome.out.splitlines()] == ["the cat", "the caf\u00e9"]
+
+
+def test_a_byte_order_mark_before_a_text_and_blanks_before_json(
+    label_bytes: Callable[[bytes], Outcome],
+) -> None:
+    outcome = label_bytes(b'\xef\xbb\xbfthe cat\n \t{"sentence": "a dog"} \n\xc2\xa0{"sentence": "red"}\n')
+    assert outcome.code == 0, outcome.err
+    assert [json.loads(line)["sentence"] for line in outcome.out.splitlines()] == ["the cat", "a dog", "red"]
+
+
+def test_a_table_of_rows_with_columns_of_their_own(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from camtl.cli import main
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO('{"sentence": "the cat", "first": "here"}\n{"sentence": "red", "last": 7}\n')
+    )
+    assert main([str(word) for word in flags(trained, "cola")]) == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue()).splitlines()
+    header = next(line for line in lines if "sentence" in line)
+    assert header.split() == ["sentence", "first", "label", "score", "last"]
+    place = {name: header.index(name) for name in ("first", "last")}
+    cat, red = (next(line for line in lines if text in line) for text in ("the cat", "red"))
+    assert cat[place["first"] :].startswith("here")
+    assert cat[place["last"] :].strip() == ""
+    assert red[place["first"] :].startswith("    ")
+    assert red[place["last"] :].strip() == "7"

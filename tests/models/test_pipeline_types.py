@@ -104,7 +104,48 @@ def test_every_type(every, name):
     assert camtl.pipeline(model=every)(row) == want  # the active task changes no answer
 
 
-@pytest.mark.parametrize("name", ["answer", "pick", "gap", "sense"])
+@pytest.mark.parametrize("name", ["wide", "stars", "topics", "questions"])
+def test_the_tasks_own_columns(every, name):
+    """A dict with a task's columns, and more that it does not read, whatever a type does with them."""
+    columns = every.config.task_info[every.config.task_index(name)]["text_columns"]
+    row = {**dict(zip(columns, TEXTS, strict=False)), "id": 7}
+    assert camtl.pipeline(name, model=every)(row) == every.predict([row], task=name)[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "row"),
+    [
+        # read as a pair of texts, what names the group would be lost
+        (
+            {
+                "type": "grouped",
+                "text_columns": ["a", "b"],
+                "labels": ["n", "y"],
+                "options": {"group": ["g"]},
+            },
+            {"a": "a dog", "b": "not so", "g": "1"},
+        ),
+        # a column called "text" is the task's own before it is a text as others have it
+        (
+            {"type": "tagging", "text_columns": "text", "labels": ["N", "V"]},
+            {"text": ["the", "Rex", "sat"]},
+        ),
+        (
+            {"type": "span", "text_columns": ["text_pair", "text"], "label_column": "answers"},
+            {"text": "the cat sat on the mat", "text_pair": "who sat"},
+        ),
+    ],
+    ids=["grouped", "tagging", "span"],
+)
+def test_columns_of_types_that_read_rows(make_model, tokenizer, fields, row):  # noqa: F811
+    from camtl.tasks import Task
+
+    model = make_model(tasks=[Task(name="own", **fields)], num_hidden_layers=2)
+    model.tokenizer = tokenizer
+    assert camtl.pipeline(model=model)(row) == model.predict([row], task="own")[0]
+
+
+@pytest.mark.parametrize("name", ["answer", "pick", "gap", "sense", "questions"])
 def test_rows_that_lack_a_column_are_refused(every, name):
     row = dict(ROWS[name])
     column = next(reversed(row))
